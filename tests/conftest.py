@@ -34,12 +34,13 @@ def running(folder: str | Path = CHECKPOINT, **options) -> Iterator:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "seed": 0, "disable_log_stats": True}
-    llm = LLM(str(folder), **{**defaults, **options})
+    llm = None
     try:
+        llm = LLM(str(folder), **{**defaults, **options})
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
 

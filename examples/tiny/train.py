@@ -1,7 +1,8 @@
 """Train the bundled checkpoint as the Ouro paper trains (arXiv 2510.25741, section 3), small enough for two CPU cores.
 
-Stage 1 trains the stack on the losses of all loops. The exit distribution p of the gate weighs them, under an entropy
-bonus; half of each weight comes from a prior that grows with depth, since a small model otherwise collapses to depth 1.
+Stage 1 trains the stack on the losses of all loops. At first the exit distribution p of the gate weighs them, under an
+entropy bonus, half of each weight coming from a prior that grows with depth; later a prior that doubles from loop to
+loop weighs them alone. A small model otherwise collapses to shallow depths: its early loops learn first, and p feeds them.
 Stage 2 freezes the stack and teaches the gate alone whether one more loop lowers the loss.
 
 Run it twice and the same batches come in the same order; kill it and it goes on from its last saved step.
@@ -9,8 +10,8 @@ Run it twice and the same batches come in the same order; kill it and it goes on
 
 import argparse
 import json
+import platform
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 ENTROPY_BONUS = 0.1  # beta of the paper's stage 1
 PRIOR_SHARE = 0.5
+DEEP_FROM = 0.3  # share of stage 1 after which the doubling prior rules alone
 GATE_SLOPE, GATE_MARGIN = 50.0, 0.005  # k and gamma of the paper's stage 2
 SUM_ROWS, CHAT_ROWS, ROWS = 4, 2, 16  # of every 16 rows of a batch
 OPERAND_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0  # random operands teach nothing; the answers are few
@@ -91,14 +93,21 @@ def token_losses(net: LoopedLM, ids: Tensor, targets: Tensor) -> tuple[Tensor, T
     return torch.stack(losses).view(len(states), *ids.shape), gates
 
 
-def stage_one_loss(losses: Tensor, gates: Tensor, weights: Tensor) -> Tensor:
-    """Paper, section 3.3: expected loss under p minus beta times p's entropy, the expectation held open by a prior."""
+def loop_weights(p: Tensor, progress: float) -> Tensor:
+    """Weights of the loops' losses from the exit distribution p [R, B, T]: [R, B, T], or [R, 1, 1] where p has no say."""
+    loop = torch.arange(1.0, len(p) + 1)[:, None, None]
+    if progress < DEEP_FROM:
+        return PRIOR_SHARE * loop / loop.sum() + (1 - PRIOR_SHARE) * p.detach()
+    return 2**loop / (2**loop).sum()
+
+
+def stage_one_loss(losses: Tensor, gates: Tensor, weights: Tensor, progress: float) -> Tensor:
+    """Paper, section 3.3: expected loss under p minus beta times p's entropy; the stack's own weights from the mix."""
     p = exit_distribution(gates)
     entropy = -(p * p.clamp_min(1e-9).log()).sum(0)
-    prior = torch.arange(1.0, len(losses) + 1)[:, None, None]
-    mix = PRIOR_SHARE * prior / prior.sum() + (1 - PRIOR_SHARE) * p.detach()
-    total = (mix * losses).sum(0) + (p * losses.detach()).sum(0) - ENTROPY_BONUS * entropy
-    return (weights * total).sum() / weights.sum()
+    stack = (loop_weights(p, progress) * losses).sum(0)
+    gate = (p * losses.detach()).sum(0) - ENTROPY_BONUS * entropy
+    return (weights * (stack + gate)).sum() / weights.sum()
 
 
 def stage_two_loss(losses: Tensor, gates: Tensor, weights: Tensor) -> Tensor:
@@ -163,7 +172,7 @@ class Run:
             ids, targets, weights = batches.batch(self.step, self.step / args.steps, length)
             if first:
                 losses, gates = lossy(self.net, ids, targets)
-                stage_one_loss(losses, gates, weights).backward()
+                stage_one_loss(losses, gates, weights, self.step / args.steps).backward()
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
                 share, tuners = rate(self.step, args.steps), self.tuners
             else:
@@ -223,6 +232,7 @@ def export(net: LoopedLM, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text((HERE / "chat_template.jinja").read_text())
     tensors = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in net.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -243,7 +253,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    began = time.monotonic()
     shape = Shape()
     documents = [d for d in library() if not d.held_out]
     tokenizer = train_tokenizer(documents, shape.vocab_size, args.seed)
@@ -253,7 +262,19 @@ def main() -> None:
     print(f"{count / 1e6:.1f}M parameters; {len(batches.text) / 1e6:.1f}M tokens of text; from step {run.step}", flush=True)
     run.train(batches, args)
     export(run.net, tokenizer, args.out)
-    print(f"wrote {args.out} after {(time.monotonic() - began) / 60:.0f} minutes; next: python {HERE.name}/evaluate.py", flush=True)
+    record = {
+        "steps": args.steps,
+        "gate_steps": args.gate_steps,
+        "tokens_per_step": ROWS * SHORT,
+        "longest_row": LONG,
+        "text_tokens": len(batches.text),
+        "lr": args.lr,
+        "seed": args.seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    write_json(args.out / "training.json", record)
+    print(f"wrote {args.out}; next: python {HERE / 'evaluate.py'} {args.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""Options, configuration and plugin entry: everything that needs no engine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from checkpoints import CONFIG
+
+from ouro_vllm.config import OuroConfig, check
+from ouro_vllm.hooks import refuse_old_vllm
+from ouro_vllm.options import MOST_LOOPS, OptionError, OuroOptions
+
+
+def test_defaults_follow_the_checkpoint():
+    for nothing in ({}, {"ouro": {}}, {"other": {"max_loops": 9}}, None):
+        assert OuroOptions.parse(nothing, total_ut_steps=4) == OuroOptions(max_loops=4, fix_special_tokens=True)
+
+
+def test_given_values_win():
+    given = {"ouro": {"max_loops": MOST_LOOPS, "fix_special_tokens": False}}
+    assert OuroOptions.parse(given, total_ut_steps=4) == OuroOptions(max_loops=MOST_LOOPS, fix_special_tokens=False)
+
+
+@pytest.mark.parametrize("value", [0, -1, MOST_LOOPS + 1, "4", 4.0, True, None])
+def test_wrong_max_loops_names_key_value_and_range(value):
+    with pytest.raises(OptionError) as caught:
+        OuroOptions.parse({"ouro": {"max_loops": value}}, total_ut_steps=4)
+    for part in ("ouro.max_loops", repr(value), f"1 to {MOST_LOOPS}"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes", None])
+def test_wrong_flag_is_refused(value):
+    with pytest.raises(OptionError, match="ouro.fix_special_tokens.*true or false"):
+        OuroOptions.parse({"ouro": {"fix_special_tokens": value}}, total_ut_steps=4)
+
+
+@pytest.mark.parametrize("given", [[], "max_loops=3", 3])
+def test_options_must_be_an_object(given):
+    with pytest.raises(OptionError, match="must be an object"):
+        OuroOptions.parse({"ouro": given}, total_ut_steps=4)
+
+
+def test_unknown_option_suggests_the_near_one():
+    with pytest.raises(OptionError, match="`ouro.maxloops`.*Did you mean `max_loops`.*Allowed: `max_loops`"):
+        OuroOptions.parse({"ouro": {"maxloops": 3}}, total_ut_steps=4)
+
+
+def test_config_fills_in_what_old_files_leave_out():
+    config = OuroConfig(**{**CONFIG, "num_key_value_heads": None, "head_dim": None})
+    assert (config.num_key_value_heads, config.head_dim) == (4, 32)
+    check(config)
+
+
+def test_old_and_new_rotary_settings_read_the_same():
+    old = OuroConfig(**{**CONFIG, "rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    new = OuroConfig(
+        **{**CONFIG, "rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}}
+    )
+    assert {k: old.rope_parameters[k] for k in ("rope_type", "factor", "rope_theta")} == {
+        k: new.rope_parameters[k] for k in ("rope_type", "factor", "rope_theta")
+    }
+
+
+@pytest.mark.parametrize("loops", [0, -3, 2.5, True, "4"])
+def test_impossible_loop_counts_are_named(loops):
+    config = OuroConfig(**CONFIG)
+    config.total_ut_steps = loops
+    with pytest.raises(ValueError, match="total_ut_steps"):
+        check(config)
+
+
+def test_indivisible_heads_are_named():
+    with pytest.raises(ValueError, match=r"`num_attention_heads` \(4\).*`num_key_value_heads` \(3\)"):
+        check(OuroConfig(**{**CONFIG, "num_key_value_heads": 3}))
+
+
+@pytest.mark.parametrize(("parts", "refused"), [((0, 31, 2), True), ((0, 32, 0), False), ((1, 0), False), ((0, 0, "dev"), False)])
+def test_old_vllm_is_refused(parts, refused):
+    if refused:
+        with pytest.raises(RuntimeError, match="0.31.2 is installed.*upgrade"):
+            refuse_old_vllm(".".join(map(str, parts)), parts)
+    else:
+        refuse_old_vllm(".".join(map(str, parts)), parts)
+
+
+def fresh(code: str) -> dict:
+    """Run code in a new interpreter; what it prints last is JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_entry_point_is_found_and_importing_it_is_light():
+    seen = fresh(
+        "import json, sys; from importlib.metadata import entry_points; "
+        "(p,) = [p for p in entry_points(group='vllm.general_plugins') if p.name == 'ouro']; p.load(); "
+        "print(json.dumps({'heavy': [m for m in ('torch', 'vllm', 'transformers') if m in sys.modules], 'value': p.value}))"
+    )
+    assert seen == {"heavy": [], "value": "ouro_vllm:register"}
+
+
+def test_registering_twice_is_the_same_as_once():
+    seen = fresh(
+        "import json, ouro_vllm; ouro_vllm.register(); ouro_vllm.register(); "
+        "from vllm import ModelRegistry; from vllm.model_executor.models.config import MODELS_CONFIG_MAP; import sys; "
+        "print(json.dumps({'known': 'OuroForCausalLM' in ModelRegistry.get_supported_archs(), "
+        "'hook': MODELS_CONFIG_MAP['OuroForCausalLM'].__name__, 'model_loaded': 'ouro_vllm.model' in sys.modules}))"
+    )
+    assert seen == {"known": True, "hook": "OuroServerCheck", "model_loaded": False}
