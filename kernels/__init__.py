@@ -1,1 +1,1 @@
-"""Triton kernels for looped models, installed as `ouro_vllm.kernels`: one folder per kernel, its reference beside it."""
+"""Triton kernels for looped models, installed as `ouro_vllm.kernels`: a folder per kernel, its reference beside it."""

@@ -70,5 +70,6 @@ def check(config: OuroConfig) -> None:
     strange = set(config.layer_types or ()) - {"full_attention"}
     if strange:
         raise ValueError(
-            f"config.json: `layer_types` names {', '.join(map(repr, sorted(strange)))}; only 'full_attention' is supported."
+            f"config.json: `layer_types` names {', '.join(map(repr, sorted(strange)))}; "
+            "only 'full_attention' is supported."
         )

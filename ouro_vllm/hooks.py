@@ -58,7 +58,7 @@ class OuroServerCheck:
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Refuse what cannot work and choose the tokenizer.
+        """Refuse what cannot work, choose the tokenizer, and let CUDA graphs copy their inputs.
 
         Raises:
             ValueError: naming the setting and the mend.
@@ -67,6 +67,8 @@ class OuroServerCheck:
         ouro_config.check(model_config.hf_config)
         options = OuroOptions.parse(vllm_config.additional_config, model_config.hf_config.total_ut_steps)
         refuse_unsupported(vllm_config)
+        # The compiled pass runs R times in a step, each time on another tensor; a graph replays fixed addresses.
+        vllm_config.compilation_config.cudagraph_copy_inputs = True
         if options.fix_special_tokens and model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = TOKENIZER_MODE
 
@@ -76,13 +78,13 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a looped model runs the same layers again and "
-            "again, and a loop cannot cross pipeline stages. Use --tensor-parallel-size or --data-parallel-size instead."
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a looped model runs the same layers again "
+            "and again, and a loop cannot cross pipeline stages. Use --tensor-parallel-size or --data-parallel-size."
         )
     if parallel.enable_dbo:
         raise ValueError("--enable-dbo: Ouro runs its loops in one batch. Start without it.")
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(
-            "--kv-transfer-config: KV connectors save and load caches by layer name, and all loops of an Ouro layer run "
-            "under one name. Start without a connector."
+            "--kv-transfer-config: KV connectors save and load caches by layer name, and all loops of an Ouro layer "
+            "run under one name. Start without a connector."
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -181,11 +181,6 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches = LoopCaches(tree, config.num_hidden_layers, loops)
-        self.graph_input: torch.Tensor | None = None
-        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-            # CUDA graphs read their input from the address they were captured with, whatever loop is running.
-            rows = vllm_config.scheduler_config.max_num_batched_tokens
-            self.graph_input = torch.empty(rows, config.hidden_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> embeddings [N, D]: the input of loop 1."""
@@ -198,8 +193,6 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         context. What it returns is the next loop's input, and what `compute_logits` and `exit_logits` read; with CUDA
         graphs it lives in memory that the next pass overwrites, so clone what is to be kept.
         """
-        if self.graph_input is not None:
-            hidden_states = self.graph_input[: len(hidden_states)].copy_(hidden_states)
         with self.caches.at(loop):
             return self.model(positions, hidden_states)
 
@@ -234,4 +227,3 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         if self.quant_config is None:
             weights = checked(weights, expected_shapes(self.config))
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
-

@@ -24,7 +24,7 @@ THINK = (
 
 
 class OuroTokenizer(TokenizerLike):
-    """`--tokenizer-mode ouro`, which the config hook chooses: vLLM's Hugging Face tokenizer with `corrections` applied."""
+    """`--tokenizer-mode ouro`, which the config hook chooses: vLLM's Hugging Face tokenizer, with `corrections`."""
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str | Path, *args: Any, **kwargs: Any) -> HfTokenizer:

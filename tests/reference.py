@@ -1,6 +1,6 @@
-"""Ouro in plain PyTorch float32, from the paper's description (arXiv 2510.25741, sections 2 and 3): the tests' yardstick.
+"""Ouro in plain PyTorch float32, from the paper's description (arXiv 2510.25741, sections 2 and 3): the yardstick.
 
-Shares no code with the plugin or the training script. No cache, no batching, no fusing: one sequence, whole, every time.
+Shares no code with the plugin or the training script. No cache, no batching, no fusing: one whole sequence.
 """
 
 import json

@@ -37,7 +37,9 @@ def greedy(llm, asked: list[list[int]], tokens: int = ANSWER) -> list[list[int]]
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def assert_greedy(reference: Reference, asked: list[list[int]], answers: list[list[int]], loops: int | None = None) -> None:
+def assert_greedy(
+    reference: Reference, asked: list[list[int]], answers: list[list[int]], loops: int | None = None
+) -> None:
     for ids, answer in zip(asked, answers, strict=True):
         logits = reference.run(ids + answer[:-1], loops)[-1].logits[len(ids) - 1 :]
         wanted = logits.argmax(-1).tolist()
@@ -60,7 +62,9 @@ def prompt_logits(llm, ids: list[int], vocabulary: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def assert_logits(llm, reference: Reference, ids: list[int], loops: int | None = None, within: float = TOLERANCE) -> None:
+def assert_logits(
+    llm, reference: Reference, ids: list[int], loops: int | None = None, within: float = TOLERANCE
+) -> None:
     got = prompt_logits(llm, ids, reference.config["vocab_size"])
     wanted = reference.run(ids, loops)[-1].logits
     difference = (got - wanted).abs().max(-1).values

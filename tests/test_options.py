@@ -76,7 +76,9 @@ def test_indivisible_heads_are_named():
         check(OuroConfig(**{**CONFIG, "num_key_value_heads": 3}))
 
 
-@pytest.mark.parametrize(("parts", "refused"), [((0, 31, 2), True), ((0, 32, 0), False), ((1, 0), False), ((0, 0, "dev"), False)])
+@pytest.mark.parametrize(
+    ("parts", "refused"), [((0, 31, 2), True), ((0, 32, 0), False), ((1, 0), False), ((0, 0, "dev"), False)]
+)
 def test_old_vllm_is_refused(parts, refused):
     if refused:
         with pytest.raises(RuntimeError, match="0.31.2 is installed.*upgrade"):
@@ -95,7 +97,8 @@ def test_entry_point_is_found_and_importing_it_is_light():
     seen = fresh(
         "import json, sys; from importlib.metadata import entry_points; "
         "(p,) = [p for p in entry_points(group='vllm.general_plugins') if p.name == 'ouro']; p.load(); "
-        "print(json.dumps({'heavy': [m for m in ('torch', 'vllm', 'transformers') if m in sys.modules], 'value': p.value}))"
+        "print(json.dumps({'heavy': [m for m in ('torch', 'vllm', 'transformers') if m in sys.modules], "
+        "'value': p.value}))"
     )
     assert seen == {"heavy": [], "value": "ouro_vllm:register"}
 
@@ -108,3 +111,16 @@ def test_registering_twice_is_the_same_as_once():
         "'hook': MODELS_CONFIG_MAP['OuroForCausalLM'].__name__, 'model_loaded': 'ouro_vllm.model' in sys.modules}))"
     )
     assert seen == {"known": True, "hook": "OuroServerCheck", "model_loaded": False}
+
+
+def test_options_read_the_same_from_the_command_line_and_from_yaml(tmp_path):
+    seen = fresh(
+        "import json, pathlib; from vllm.engine.arg_utils import EngineArgs; "
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
+        f"f = pathlib.Path({str(tmp_path)!r}, 'c.yaml'); "
+        "f.write_text('additional_config:\\n  ouro:\\n    max_loops: 3\\n'); "
+        "parse = lambda *a: EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(a)).additional_config; "
+        "print(json.dumps([parse('--additional-config', json.dumps({'ouro': {'max_loops': 3}})), "
+        "parse('--config', str(f))]))"
+    )
+    assert seen == [{"ouro": {"max_loops": 3}}] * 2

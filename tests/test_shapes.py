@@ -39,7 +39,10 @@ def test_shape(engine, tmp_path, shape):
         ({"model__early_exit_gate__bias": None}, "lacks 1 tensor.*`model.early_exit_gate.bias`"),
         ({"model__layers__2__mlp__up_proj__weight": torch.zeros(176, 128)}, "`model.layers.2.mlp.up_proj.weight`"),
         ({"model__layers__0__self_attn__q_proj__bias": torch.zeros(128)}, "`model.layers.0.self_attn.q_proj.bias`"),
-        ({"model__layers__1__mlp__up_proj__weight": torch.zeros(176, 96)}, r"\(176, 96\); config.json asks for \(176, 128\)"),
+        (
+            {"model__layers__1__mlp__up_proj__weight": torch.zeros(176, 96)},
+            r"\(176, 96\); config.json asks for \(176, 128\)",
+        ),
     ],
 )
 def test_broken_checkpoint_is_refused_by_name(engine, tmp_path, change, named):

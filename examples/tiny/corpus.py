@@ -124,7 +124,9 @@ def train_tokenizer(documents: list[Document], vocab_size: int, seed: int) -> To
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\d| ?[\p{L}_]+| ?[^\s\p{L}\d_]+|\s+(?!\S)|\s+")
     split = pre_tokenizers.Split(words, behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(seed)
     sums = [sum_line(rng, rng.randint(1, LARGEST_TREE)) for _ in range(4000)]

@@ -1,6 +1,6 @@
 """The looped transformer as it is trained: a differentiable Ouro in plain PyTorch, no cache, whole sequences only.
 
-Only `train.py` and `evaluate.py` use it. Serving is `ouro_vllm.model`; the tests hold both against a reference of their own.
+Only `train.py` and `evaluate.py` use it. Serving is `ouro_vllm.model`; the tests have a reference of their own.
 """
 
 from dataclasses import dataclass

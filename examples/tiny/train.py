@@ -2,7 +2,8 @@
 
 Stage 1 trains the stack on the losses of all loops. At first the exit distribution p of the gate weighs them, under an
 entropy bonus, half of each weight coming from a prior that grows with depth; later a prior that doubles from loop to
-loop weighs them alone. A small model otherwise collapses to shallow depths: its early loops learn first, and p feeds them.
+loop weighs them alone; at last the last loop has two thirds and the others share the rest. A small model otherwise
+collapses to shallow depths: its early loops learn first, and p feeds them.
 Stage 2 freezes the stack and teaches the gate alone whether one more loop lowers the loss.
 
 Run it twice and the same batches come in the same order; kill it and it goes on from its last saved step.
@@ -27,7 +28,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 ENTROPY_BONUS = 0.1  # beta of the paper's stage 1
 PRIOR_SHARE = 0.5
-DEEP_FROM = 0.3  # share of stage 1 after which the doubling prior rules alone
+DEEP_FROM, LAST_FROM = 0.3, 0.65  # shares of stage 1 after which the doubling prior, then the last loop rules
 GATE_SLOPE, GATE_MARGIN = 50.0, 0.005  # k and gamma of the paper's stage 2
 SUM_ROWS, CHAT_ROWS, ROWS = 4, 2, 16  # of every 16 rows of a batch
 OPERAND_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0  # random operands teach nothing; the answers are few
@@ -35,7 +36,7 @@ SHORT, LONG = 256, 512  # tokens in a row: the last quarter of stage 1 and all o
 
 
 class Batches:
-    """Rows of text, chats and sums; `batch(step)` depends on the seed and the step alone, which makes runs resumable."""
+    """Rows of text, chats and sums. `batch(step)` depends on the seed and the step alone: runs are resumable."""
 
     def __init__(self, tokenizer: Tokenizer, documents: list[Document], seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
@@ -94,11 +95,13 @@ def token_losses(net: LoopedLM, ids: Tensor, targets: Tensor) -> tuple[Tensor, T
 
 
 def loop_weights(p: Tensor, progress: float) -> Tensor:
-    """Weights of the loops' losses from the exit distribution p [R, B, T]: [R, B, T], or [R, 1, 1] where p has no say."""
+    """Exit distribution p [R, B, T] -> weights of the loops' losses: [R, B, T], or [R, 1, 1] where p has no say."""
     loop = torch.arange(1.0, len(p) + 1)[:, None, None]
     if progress < DEEP_FROM:
         return PRIOR_SHARE * loop / loop.sum() + (1 - PRIOR_SHARE) * p.detach()
-    return 2**loop / (2**loop).sum()
+    if progress < LAST_FROM:
+        return 2**loop / (2**loop).sum()
+    return torch.where(loop == len(p), 2 / 3, 1 / 3 / (len(p) - 1))
 
 
 def stage_one_loss(losses: Tensor, gates: Tensor, weights: Tensor, progress: float) -> Tensor:
@@ -241,15 +244,21 @@ def write_json(path: Path, value: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="folder for what a killed run goes on from")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/tiny"), help="folder for what a killed run goes on from"
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "ouro-tiny", help="folder of the finished checkpoint")
     parser.add_argument("--steps", type=int, default=1800, help="stage 1: steps of 4,096 tokens (default %(default)s)")
     parser.add_argument("--gate-steps", type=int, default=120, help="stage 2: steps of the gate (default %(default)s)")
     parser.add_argument("--lr", type=float, default=0.03, help="peak learning rate of Muon (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, text order and sums (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, text order and sums (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between saves (default %(default)s)")
-    parser.add_argument("--eager", action="store_true", help="do not compile: starts at once, runs at two thirds of the speed")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile: starts at once, runs at two thirds of the speed"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -259,7 +268,10 @@ def main() -> None:
     batches = Batches(tokenizer, documents, args.seed)
     run = Run(args.work, args.seed, shape, args.lr)
     count = sum(p.numel() for p in run.net.parameters())
-    print(f"{count / 1e6:.1f}M parameters; {len(batches.text) / 1e6:.1f}M tokens of text; from step {run.step}", flush=True)
+    print(
+        f"{count / 1e6:.1f}M parameters; {len(batches.text) / 1e6:.1f}M tokens of text; from step {run.step}",
+        flush=True,
+    )
     run.train(batches, args)
     export(run.net, tokenizer, args.out)
     record = {

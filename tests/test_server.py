@@ -1,0 +1,206 @@
+"""A real server on a real port, as `make serve` starts it, spoken to with the `openai` client. Float32."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+from conftest import CHECKPOINT, ROOT
+from reference import Reference
+
+MODEL = "ouro-tiny"
+PROMPT = "import os\nimport sys\n\n\ndef main(argv):\n"
+SUM = [{"role": "user", "content": "Evaluate modulo 5: + 3 4"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "size": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """Base address of a running server; its log is shown when it does not come up."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    command = [str(Path(sys.executable).parent / "ouro-vllm"), "serve", str(CHECKPOINT), "--port", str(port)]
+    command += ["--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "4096", "--host", "127.0.0.1"]
+    # The grammar would let a model of this size write white space for ever.
+    command += ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: answers(f"{address}/health"), 600, lambda: process.poll() is None, log)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def until(true, seconds: float, alive=lambda: True, log: Path | None = None) -> None:
+    """Wait for `true()`; fail when `alive()` no longer holds or the time is over, with the end of the log."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if not alive() or time.monotonic() > deadline:
+            pytest.fail(log.read_text()[-4000:] if log else "the condition did not come about")
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def complete(client: openai.OpenAI, prompt: str | list[int] = PROMPT, **options):
+    return client.completions.create(model=MODEL, prompt=prompt, **{"temperature": 0, "max_tokens": 48, **options})
+
+
+def gauge(server: str, name: str) -> float:
+    lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+def token_ids(choice) -> list[int]:
+    return [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
+
+
+def test_completion_is_the_references(client, reference):
+    from test_exactness import assert_greedy
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    bare = {"ignore_eos": True, "return_tokens_as_token_ids": True}
+    choice = complete(client, logprobs=1, max_tokens=64, extra_body=bare).choices[0]
+    answer = token_ids(choice)
+    assert len(answer) == 64
+    assert_greedy(reference, [tokenizer.encode(PROMPT).ids], [answer])
+    assert choice.text == tokenizer.decode(answer, skip_special_tokens=True)
+    assert choice.finish_reason == "length"
+
+
+def test_streamed_completion_is_the_same_text(client):
+    whole = complete(client)
+    parts = list(complete(client, stream=True, stream_options={"include_usage": True}))
+    assert "".join(part.choices[0].text for part in parts if part.choices) == whole.choices[0].text
+    assert parts[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_chat_streamed_and_not(client):
+    whole = client.chat.completions.create(model=MODEL, messages=SUM, temperature=0, max_tokens=20)
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.choices[0].message.content.strip() in list("01234")
+    parts = client.chat.completions.create(model=MODEL, messages=SUM, temperature=0, max_tokens=20, stream=True)
+    text = "".join(part.choices[0].delta.content or "" for part in parts)
+    assert text == whole.choices[0].message.content
+
+
+def test_thinking_is_put_into_the_prompt(client):
+    lengths = [
+        client.chat.completions.create(
+            model=MODEL, messages=SUM, max_tokens=1, extra_body={"chat_template_kwargs": {"enable_thinking": on}}
+        ).usage.prompt_tokens
+        for on in (False, True)
+    ]
+    assert lengths[1] - lengths[0] == 2  # `<think>` and a line end
+
+
+def test_logprobs_are_the_references(client, reference: Reference):
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(PROMPT).ids
+    choice = complete(client, ids, logprobs=5, max_tokens=4, extra_body={"return_tokens_as_token_ids": True}).choices[0]
+    answer = token_ids(choice)
+    wanted = reference.run(ids + answer)[-1].logits.log_softmax(-1)[len(ids) - 1 :]
+    for row, token, value, top in zip(
+        wanted, answer, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+    ):
+        assert value == pytest.approx(float(row[token]), abs=1e-3)
+        best = {f"token_id:{i}": float(row[i]) for i in row.topk(5).indices.tolist()}
+        assert {name: pytest.approx(v, abs=1e-3) for name, v in best.items()} == top
+
+
+def test_stop_string_ends_the_answer_and_stays_out_of_it(client):
+    text = complete(client).choices[0].text
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    choice = complete(client, stop=[stop]).choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.text == text[: text.index(stop)]
+
+
+def test_two_choices(client):
+    both = complete(client, n=2, temperature=1, seed=1)
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert both.choices[0].text != both.choices[1].text
+    again = complete(client, n=2, temperature=1, seed=1)
+    assert [choice.text for choice in again.choices] == [choice.text for choice in both.choices]
+
+
+def test_json_schema(client):
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=SUM, max_tokens=120, temperature=1, seed=seed, response_format=form
+        )
+        value = json.loads(answer.choices[0].message.content)
+        assert set(value) == {"name", "size"} and isinstance(value["name"], str) and 0 <= value["size"] <= 99
+
+
+def test_a_client_that_hangs_up_frees_its_request(server, client):
+    before = complete(client).choices[0].text
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3500, "stream": True, "ignore_eos": True}
+    with requests.post(f"{server}/v1/completions", json=body, stream=True, timeout=60) as stream:
+        next(stream.iter_lines())
+        assert gauge(server, "vllm:num_requests_running") == 1
+    until(lambda: gauge(server, "vllm:num_requests_running") == 0, 60)
+    assert complete(client).choices[0].text == before
+
+
+def test_thirty_two_requests_at_once(client, heldout):
+    asked = [heldout[start * 50 : start * 50 + 5 + 4 * start] for start in range(32)]
+    alone = [complete(client, ids, max_tokens=24).choices[0].text for ids in asked]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda ids: complete(client, ids, max_tokens=24).choices[0].text, asked))
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"model": "nobody"}, openai.NotFoundError, "nobody"),
+        ({"max_tokens": -5}, openai.BadRequestError, "max_tokens"),
+        ({"prompt": [5] * 100_000}, openai.BadRequestError, "4096"),
+        ({"prompt": [5, 999_999]}, openai.BadRequestError, "999999|out of vocabulary"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+    ],
+)
+def test_bad_requests_get_a_clear_error_and_harm_nobody(client, change, error, named):
+    before = complete(client).choices[0].text
+    with pytest.raises(error, match=named):
+        client.completions.create(**{"model": MODEL, "prompt": PROMPT, "max_tokens": 8, **change})
+    assert complete(client).choices[0].text == before
