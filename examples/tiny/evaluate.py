@@ -1,8 +1,9 @@
 """Measure the bundled checkpoint on text it has never seen and write what comes out into its model card.
 
 Six measurements: the loss of every depth, the exit gate, a 5-gram model on the same text for comparison, arithmetic by
-depth, a few samples, and how the checkpoint was made. Prints them, writes README.md (the card) and evaluation.json (the
-raw figures) into the checkpoint's folder, and ends with status 1 if the checkpoint misses one of its requirements.
+depth, a few samples, and how the checkpoint was made. Prints them, writes README.md (the card), evaluation.json (the
+raw figures) and prompts.json (held-out passages for benchmarks) into the checkpoint's folder, and ends with status 1 if
+the checkpoint misses one of its requirements.
 """
 
 import argparse
@@ -35,6 +36,7 @@ THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 ORDER = 5
 SUMS_PER_SIZE, SUMS_BEFORE = 300, 3
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 64, 60
+PROMPTS, PROMPT_CHARACTERS = 64, 300
 QUESTION = "What does queue.Queue.get do?"  # the module is held out on every Python version
 
 EARLY_BELOW = (0.3, 2.0)  # threshold q and the mean exit depth that it must stay below
@@ -465,8 +467,9 @@ def sample_section(samples: list[dict]) -> str:
 def making_section(checkpoint: Checkpoint, figures: dict) -> str:
     recorded, shape = checkpoint.recorded, checkpoint.net.shape
     lines = [["parameters", f"{checkpoint.parameters:,}"]]
-    if {"steps", "gate_steps", "tokens_per_step"} <= recorded.keys():
-        seen = (recorded["steps"] + recorded["gate_steps"]) * recorded["tokens_per_step"]
+    if "tokens_per_step" in recorded:
+        steps = sum(recorded[name] for name in ("steps", "settle_steps", "gate_steps"))
+        seen = steps * recorded["tokens_per_step"]
         lines.append(["tokens seen", f"{seen:,}"])
     lines += [[key.replace("_", " "), f"{value}"] for key, value in recorded.items()]
     lines.append(["held-out documents", figures["held_out_documents"]])
@@ -520,6 +523,13 @@ library and little sums, knows nothing else, and is not the work of the paper's 
 """
 
 
+def held_out_prompts(documents: list[Document]) -> list[str]:
+    """Passages that begin with a line, for benchmarks: what the checkpoint has not seen, the same on every run."""
+    dice, text = random.Random(0), "".join(d.text for d in documents)
+    starts = [text.index("\n", dice.randrange(len(text) - 2 * PROMPT_CHARACTERS)) + 1 for _ in range(PROMPTS)]
+    return [text[start : start + PROMPT_CHARACTERS] for start in starts]
+
+
 def evaluate(checkpoint: Checkpoint, say: Callable[[str], None]) -> dict:
     """Run all measurements, say each section as it is done, return the raw figures."""
     depth = checkpoint.depth
@@ -550,7 +560,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).parent.parent / "ouro-tiny"
     parser.add_argument("checkpoint", type=Path, nargs="?", default=default, help="folder (default examples/ouro-tiny)")
-    parser.add_argument("--no-card", action="store_true", help="only print: leave README.md and evaluation.json alone")
+    parser.add_argument("--no-card", action="store_true", help="only print, write nothing")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     args = parser.parse_args()
     if not (args.checkpoint / "config.json").exists():
@@ -568,6 +578,7 @@ def main() -> None:
     if not args.no_card:
         (args.checkpoint / "README.md").write_text("\n".join(sections), encoding="utf-8")
         write_json(args.checkpoint / "evaluation.json", figures)
+        write_json(args.checkpoint / "prompts.json", held_out_prompts([d for d in library() if d.held_out]))
     done = "measured" if args.no_card else f"wrote {args.checkpoint}/README.md"
     print(f"{done} after {time.monotonic() - began:.0f} seconds")
     if missed := [check["name"] for check in figures["requirements"] if not check["met"]]:

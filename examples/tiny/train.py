@@ -1,9 +1,10 @@
 """Train the bundled checkpoint as the Ouro paper trains (arXiv 2510.25741, section 3), small enough for two CPU cores.
 
-Stage 1 trains the stack on the losses of all loops. At first the exit distribution p of the gate weighs them, under an
-entropy bonus, half of each weight coming from a prior that grows with depth; later a prior that doubles from loop to
-loop weighs them alone; at last the last loop has two thirds and the others share the rest. A small model otherwise
-collapses to shallow depths: its early loops learn first, and p feeds them.
+Stage 1 trains the stack on the losses of all loops. At first the exit distribution p of the gate weighs them, under
+an entropy bonus, half of each weight coming from a prior that grows with depth; later a prior that doubles from loop to
+loop weighs them alone; then the last loop has two thirds and the others share the rest. A small model otherwise
+collapses to shallow depths: its early loops learn first, and p feeds them. Stage 1 ends by settling: a low learning
+rate and more weight on depth 1, whose readout drafts for the others when the model is served.
 Stage 2 freezes the stack and teaches the gate alone whether one more loop lowers the loss.
 
 Run it twice and the same batches come in the same order; kill it and it goes on from its last saved step.
@@ -29,7 +30,10 @@ HERE = Path(__file__).parent
 ENTROPY_BONUS = 0.1  # beta of the paper's stage 1
 PRIOR_SHARE = 0.5
 DEEP_FROM, LAST_FROM = 0.3, 0.65  # shares of stage 1 after which the doubling prior, then the last loop rules
-GATE_SLOPE, GATE_MARGIN = 50.0, 0.005  # k and gamma of the paper's stage 2
+SETTLED = (0.3, 0.1)  # weights of the first loop and of each one between it and the last while settling
+SETTLE_RATE = 0.15  # share of the peak learning rate at which settling begins
+# k and gamma of the paper's stage 2; there gamma is 0.005, but single tokens of a small model differ by more than that.
+GATE_SLOPE, GATE_MARGIN = 50.0, 0.05
 SUM_ROWS, CHAT_ROWS, ROWS = 4, 2, 16  # of every 16 rows of a batch
 OPERAND_WEIGHT, ANSWER_WEIGHT = 0.05, 4.0  # random operands teach nothing; the answers are few
 SHORT, LONG = 256, 512  # tokens in a row: the last quarter of stage 1 and all of stage 2 use long rows
@@ -95,13 +99,21 @@ def token_losses(net: LoopedLM, ids: Tensor, targets: Tensor) -> tuple[Tensor, T
 
 
 def loop_weights(p: Tensor, progress: float) -> Tensor:
-    """Exit distribution p [R, B, T] -> weights of the loops' losses: [R, B, T], or [R, 1, 1] where p has no say."""
+    """Exit distribution p [R, B, T] -> weights of the loops' losses: [R, B, T], or [R, 1, 1] where p has no say.
+
+    progress in [0, 1) is the share of stage 1's main part that is done; from 1 on the model settles.
+    """
     loop = torch.arange(1.0, len(p) + 1)[:, None, None]
     if progress < DEEP_FROM:
         return PRIOR_SHARE * loop / loop.sum() + (1 - PRIOR_SHARE) * p.detach()
     if progress < LAST_FROM:
         return 2**loop / (2**loop).sum()
-    return torch.where(loop == len(p), 2 / 3, 1 / 3 / (len(p) - 1))
+    if progress < 1:
+        return torch.where(loop == len(p), 2 / 3, 1 / 3 / (len(p) - 1))
+    first, between = SETTLED
+    mix = torch.where(loop == 1, first, between)
+    mix[-1] = 1 - mix[:-1].sum()
+    return mix
 
 
 def stage_one_loss(losses: Tensor, gates: Tensor, weights: Tensor, progress: float) -> Tensor:
@@ -136,8 +148,10 @@ def optimizers(net: LoopedLM, peak: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: 40 steps up, level, then straight down over the last 60%."""
+def rate(step: int, steps: int, settle: int) -> float:
+    """Share of the peak learning rate: 40 steps up, level, down over the last 60%; settling starts over, low."""
+    if step >= steps:
+        return SETTLE_RATE * (steps + settle - step) / settle
     return min(1.0, (step + 1) / 40, (steps - step) / (0.6 * steps))
 
 
@@ -167,22 +181,24 @@ class Run:
 
     def train(self, batches: Batches, args: argparse.Namespace) -> None:
         lossy = token_losses if args.eager else torch.compile(token_losses, dynamic=False)
-        bar = tqdm(total=args.steps + args.gate_steps, initial=self.step, unit="step", mininterval=5)
+        stack_steps = args.steps + args.settle_steps
+        total = stack_steps + args.gate_steps
+        bar = tqdm(total=total, initial=self.step, unit="step", mininterval=5)
         smooth = None
-        while self.step < args.steps + args.gate_steps:
-            first = self.step < args.steps
+        while self.step < total:
+            first = self.step < stack_steps
             length = SHORT if self.step < 0.75 * args.steps else LONG
             ids, targets, weights = batches.batch(self.step, self.step / args.steps, length)
             if first:
                 losses, gates = lossy(self.net, ids, targets)
                 stage_one_loss(losses, gates, weights, self.step / args.steps).backward()
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-                share, tuners = rate(self.step, args.steps), self.tuners
+                share, tuners = rate(self.step, args.steps, args.settle_steps), self.tuners
             else:
                 freeze_stack(self.net)
                 losses, gates = lossy(self.net, ids, targets)
                 stage_two_loss(losses, gates, weights).backward()
-                share, tuners = 1 - (self.step - args.steps) / args.gate_steps, [self.gate_tuner]
+                share, tuners = 1 - (self.step - stack_steps) / args.gate_steps, [self.gate_tuner]
             for tuner, peak in zip(tuners, [args.lr, args.lr / 5] if first else [0.02], strict=True):
                 tuner.param_groups[0]["lr"] = peak * share
                 tuner.step()
@@ -192,7 +208,7 @@ class Run:
             self.step += 1
             bar.set_postfix_str("loss by depth " + " ".join(f"{x:.3f}" for x in smooth.tolist()), refresh=False)
             bar.update()
-            if self.step % args.save_every == 0 or self.step in (args.steps, args.steps + args.gate_steps):
+            if self.step % args.save_every == 0 or self.step in (args.steps, stack_steps, total):
                 self.save()
         bar.close()
 
@@ -238,7 +254,7 @@ def export(net: LoopedLM, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict | list) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -249,6 +265,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE.parent / "ouro-tiny", help="folder of the finished checkpoint")
     parser.add_argument("--steps", type=int, default=1800, help="stage 1: steps of 4,096 tokens (default %(default)s)")
+    parser.add_argument(
+        "--settle-steps", type=int, default=300, help="stage 1: further steps to settle (default %(default)s)"
+    )
     parser.add_argument("--gate-steps", type=int, default=120, help="stage 2: steps of the gate (default %(default)s)")
     parser.add_argument("--lr", type=float, default=0.03, help="peak learning rate of Muon (default %(default)s)")
     parser.add_argument(
@@ -276,6 +295,7 @@ def main() -> None:
     export(run.net, tokenizer, args.out)
     record = {
         "steps": args.steps,
+        "settle_steps": args.settle_steps,
         "gate_steps": args.gate_steps,
         "tokens_per_step": ROWS * SHORT,
         "longest_row": LONG,
