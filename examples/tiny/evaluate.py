@@ -41,7 +41,7 @@ QUESTION = "What does queue.Queue.get do?"  # the module is held out on every Py
 
 EARLY_BELOW = (0.3, 2.0)  # threshold q and the mean exit depth that it must stay below
 LATE_ABOVE = (0.95, 3.0)
-FIRST_AGREEMENT = (0.5, 0.97)
+FIRST_AGREEMENT = (0.6, 0.95)
 LEAST_GAIN = 0.1  # accuracy on sums, deepest loop against the first, on at least one size
 
 
