@@ -5,8 +5,7 @@ Knows transformers, not vLLM. Field names are those of the published checkpoints
 
 from transformers import PreTrainedConfig
 
-ARCHITECTURE = "OuroForCausalLM"
-MODEL_TYPE = "ouro"
+from ouro_vllm.names import MODEL_TYPE
 
 
 class OuroConfig(PreTrainedConfig):

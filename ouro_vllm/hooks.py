@@ -6,13 +6,11 @@ Only extension points: `ModelRegistry`, `MODELS_CONFIG_MAP`, the tokenizer and r
 from typing import TYPE_CHECKING
 
 from ouro_vllm import config as ouro_config
+from ouro_vllm.names import ARCHITECTURE, MODEL_TYPE, OLDEST_VLLM, TOKENIZER_MODE
 from ouro_vllm.options import OuroOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-OLDEST_VLLM = (0, 32)
-TOKENIZER_MODE = "ouro"
 
 
 def install() -> None:
@@ -29,13 +27,13 @@ def install() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
     refuse_old_vllm(vllm.__version__, vllm.__version_tuple__)
-    if MODELS_CONFIG_MAP.get(ouro_config.ARCHITECTURE) is OuroServerCheck:
+    if MODELS_CONFIG_MAP.get(ARCHITECTURE) is OuroServerCheck:
         return
-    AutoConfig.register(ouro_config.MODEL_TYPE, ouro_config.OuroConfig, exist_ok=True)
-    ModelRegistry.register_model(ouro_config.ARCHITECTURE, "ouro_vllm.model:OuroForCausalLM")
+    AutoConfig.register(MODEL_TYPE, ouro_config.OuroConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, "ouro_vllm.model:OuroForCausalLM")
     TokenizerRegistry.register(TOKENIZER_MODE, "ouro_vllm.tokenizer", "OuroTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
-    MODELS_CONFIG_MAP[ouro_config.ARCHITECTURE] = OuroServerCheck
+    MODELS_CONFIG_MAP[ARCHITECTURE] = OuroServerCheck
 
 
 def refuse_old_vllm(version: str, parts: tuple[int | str, ...]) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KEY = "ouro"
+from ouro_vllm.names import PLUGIN
+
 MOST_LOOPS = 16
 
 
@@ -35,16 +36,16 @@ class OuroOptions:
         Raises:
             OptionError: an unknown key, a wrong type or a value out of range.
         """
-        given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+        given = additional_config.get(PLUGIN, {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(given, Mapping):
-            raise OptionError(f"--additional-config: `{KEY}` must be an object of options, got {given!r}.")
+            raise OptionError(f"--additional-config: `{PLUGIN}` must be an object of options, got {given!r}.")
         names = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in names:
                 close = difflib.get_close_matches(str(name), names, n=1)
                 hint = f" Did you mean `{close[0]}`?" if close else ""
                 allowed = ", ".join(f"`{n}`" for n in names)
-                raise OptionError(f"--additional-config: unknown option `{KEY}.{name}`.{hint} Allowed: {allowed}.")
+                raise OptionError(f"--additional-config: unknown option `{PLUGIN}.{name}`.{hint} Allowed: {allowed}.")
         loops = given.get("max_loops", total_ut_steps)
         if isinstance(loops, bool) or not isinstance(loops, int) or not 1 <= loops <= MOST_LOOPS:
             raise OptionError(_wrong("max_loops", loops, f"a whole number from 1 to {MOST_LOOPS}"))
@@ -55,4 +56,4 @@ class OuroOptions:
 
 
 def _wrong(name: str, value: Any, allowed: str) -> str:
-    return f"--additional-config: `{KEY}.{name}` is {value!r}; it must be {allowed}."
+    return f"--additional-config: `{PLUGIN}.{name}` is {value!r}; it must be {allowed}."

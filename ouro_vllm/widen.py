@@ -8,6 +8,7 @@ How each size grows without changing a logit beyond rounding:
 """
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,3 +127,9 @@ def idle(name: str, shape: tuple[int, ...], dice: torch.Generator) -> Tensor:
     if len(shape) == 1:
         return torch.zeros(shape) if "layernorm_2" in name else torch.ones(shape)
     return torch.randn(shape, generator=dice) * shape[-1] ** -0.5
+
+
+def looped_parameters(config: dict[str, Any]) -> int:
+    """How many parameters the shared stack of a config.json has: what every loop reads."""
+    shapes = expected_shapes(OuroConfig(**config))
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers."))

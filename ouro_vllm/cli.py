@@ -1,0 +1,172 @@
+"""The `ouro-vllm` command.
+
+For each subcommand one function adds its arguments and one runs it; what is heavy to import is imported in the latter.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ouro_vllm import __version__
+
+BUNDLED_MODEL = Path(__file__).parents[1] / "examples" / "ouro-tiny"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `ouro-vllm` with these arguments (default: the process's). Returns the exit status.
+
+    Everything after `--` is handed on by the subcommands that start a server.
+
+    Raises:
+        SystemExit: after --help, --version or on arguments that do not parse.
+    """
+    own, handed_on = split(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    args = parser.parse_args(own)
+    if handed_on and not args.hands_on:
+        parser.error(f"{args.command} takes no arguments after `--`")
+    args.handed_on = handed_on
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--` and what stands after it."""
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands. What it parses has `run`, a function from the parsed to an exit status, and
+    `hands_on`, whether arguments after `--` are welcome."""
+    parser = argparse.ArgumentParser(prog="ouro-vllm", description="Ouro, ByteDance's looped language model, on vLLM.")
+    parser.add_argument("--version", action="version", version=f"ouro-vllm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_serve(commands)
+    add_demo(commands)
+    add_doctor(commands)
+    add_widen(commands)
+    add_bench(commands)
+    return parser
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "serve",
+        help="`vllm serve`, started as suits this machine's vLLM",
+        usage="ouro-vllm serve MODEL [arguments of vllm serve]",
+    )
+    command.add_argument("model", help="folder or name of the checkpoint")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="handed on to vLLM as they are")
+    command.set_defaults(run=run_serve, hands_on=True)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from ouro_vllm.cpu import serve
+
+    try:
+        serve(args.model, args.arguments + args.handed_on)
+    except OSError as error:
+        print(f"vLLM's server cannot be run: {error}. `ouro-vllm doctor` looks for the cause.", file=sys.stderr)
+    return 1
+
+
+def add_demo(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="start a server on a free port, ask it something, stop it",
+        usage="ouro-vllm demo [MODEL] [options] [-- arguments of vllm serve]",
+    )
+    command.add_argument("model", nargs="?", default=str(BUNDLED_MODEL), help="folder or name (default: %(default)s)")
+    command.add_argument("--prompt", help="text to continue (default: the head of a Python file)")
+    command.add_argument("--question", help="question to ask as a chat (default: a sum)")
+    command.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    command.add_argument(
+        "--timeout", type=float, default=900, help="seconds that the server may take to start (default: %(default)s)"
+    )
+    command.set_defaults(run=run_demo, hands_on=True)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from ouro_vllm import demo
+
+    prompt = demo.PROMPT if args.prompt is None else args.prompt
+    question = demo.QUESTION if args.question is None else args.question
+    return demo.main(args.model, prompt, question, args.max_tokens, args.timeout, args.handed_on)
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("doctor", help="say what is installed and active, what is wrong and how to mend it")
+    command.add_argument("model", nargs="?", type=Path, help="a checkpoint's folder, to be looked at too")
+    command.set_defaults(run=run_doctor, hands_on=False)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from ouro_vllm import doctor
+
+    return doctor.main(args.model)
+
+
+def add_widen(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("widen", help="write a larger checkpoint with the same function")
+    command.add_argument("source", type=Path, help="folder of an Ouro checkpoint")
+    command.add_argument("target", type=Path, help="new folder for the larger one")
+    command.add_argument(
+        "--hidden", type=int, help="hidden size: the source's times 1, 2, 4, ...; heads grow too"
+    )
+    command.add_argument("--layers", type=int, help="layers of the shared stack")
+    command.add_argument("--intermediate", type=int, help="inner size of the MLP")
+    command.set_defaults(run=run_widen, hands_on=False)
+
+
+def run_widen(args: argparse.Namespace) -> int:
+    if not (args.source / "config.json").is_file():
+        print(f"{args.source} holds no config.json: name a checkpoint's folder.", file=sys.stderr)
+        return 1
+    from ouro_vllm.weights import CheckpointError
+    from ouro_vllm.widen import Sizes, WidenError, looped_parameters, widen
+
+    try:
+        config = widen(args.source, args.target, Sizes(args.hidden, args.layers, args.intermediate))
+    except (WidenError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"wrote {args.target}: {looped_parameters(config) / 1e6:.1f}M parameters in the shared stack")
+    return 0
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("bench", help="speed of plain decoding, modes against each other on this machine")
+    command.add_argument("model", nargs="?", default=str(BUNDLED_MODEL), help="folder or name (default: %(default)s)")
+    command.add_argument(
+        "--prompts", type=Path, help="JSON list of texts (default: the model's prompts.json)"
+    )
+    command.add_argument("--batch", type=numbers, default=[1, 8], help="requests at once, as in 1,8 (the default)")
+    command.add_argument("--rounds", type=int, default=5, help="measurements per mode and batch (default: %(default)s)")
+    command.add_argument("--tokens", type=int, default=64, help="tokens per answer (default: %(default)s)")
+    command.add_argument("--json", type=Path, help="file for every single measurement")
+    command.add_argument("--readme", type=Path, help="file that takes the table between its marks")
+    command.set_defaults(run=run_bench, hands_on=False)
+
+
+def numbers(text: str) -> list[int]:
+    """`1,8` -> [1, 8]. Raises ValueError, which argparse reports, on anything that is no positive number."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise ValueError(text)
+    return values
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from ouro_vllm import bench
+
+    options = bench.Options(args.batch, args.rounds, args.tokens)
+    return bench.main(args.model, args.prompts, options, args.json, args.readme)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Names and versions that several modules share. Imports nothing."""
+
+PLUGIN = "ouro"  # entry point, key of --additional-config
+MODEL_TYPE = "ouro"  # of config.json
+ARCHITECTURE = "OuroForCausalLM"
+TOKENIZER_MODE = "ouro"
+OLDEST_VLLM = (0, 32)
