@@ -1,9 +1,11 @@
 """`ouro-vllm bench`: how fast plain decoding is, modes against each other on this machine, in alternation.
 
 Every mode is a server of its own; all are up at once and asked in turn (A B A B), so that what else the machine does
-hits them alike. Reported are medians with the spread, and the ratio to the first mode.
+hits them alike; those not asked stand still meanwhile. Reported are medians with the spread, and the ratio to the first
+mode.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,6 +47,7 @@ def main(model: str, prompts: Path | None, options: "Options", json_file: Path |
     text = report(figures)
     print(text)
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
     if readme is not None:
         page = readme.read_text()
@@ -82,7 +85,8 @@ def measure(model: str, prompts: list[str], options: Options) -> dict[str, Any]:
             asked = [prompts[i % len(prompts)] for i in range(size)]
             for count in range(options.rounds + 1):
                 for mode, started in servers.items():
-                    rate = throughput(started.server.port, asked, options.tokens)
+                    with others_paused(servers, mode):
+                        rate = throughput(started.server.port, asked, options.tokens)
                     if count:  # the first round warms up
                         rates[mode][size].append(rate)
             print(f"batch {size}: done", flush=True)
@@ -93,6 +97,15 @@ def measure(model: str, prompts: list[str], options: Options) -> dict[str, Any]:
         "seconds_to_first_answer": starts,
         "tokens_per_second": rates,
     }
+
+
+@contextlib.contextmanager
+def others_paused(servers: dict[str, "Started"], mode: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, started in servers.items():
+            if name != mode:
+                stack.enter_context(started.server.paused())
+        yield
 
 
 class Started:

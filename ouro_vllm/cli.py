@@ -115,9 +115,7 @@ def add_widen(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("widen", help="write a larger checkpoint with the same function")
     command.add_argument("source", type=Path, help="folder of an Ouro checkpoint")
     command.add_argument("target", type=Path, help="new folder for the larger one")
-    command.add_argument(
-        "--hidden", type=int, help="hidden size: the source's times 1, 2, 4, ...; heads grow too"
-    )
+    command.add_argument("--hidden", type=int, help="hidden size: the source's times 1, 2, 4, ...; heads grow too")
     command.add_argument("--layers", type=int, help="layers of the shared stack")
     command.add_argument("--intermediate", type=int, help="inner size of the MLP")
     command.set_defaults(run=run_widen, hands_on=False)
@@ -142,9 +140,7 @@ def run_widen(args: argparse.Namespace) -> int:
 def add_bench(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("bench", help="speed of plain decoding, modes against each other on this machine")
     command.add_argument("model", nargs="?", default=str(BUNDLED_MODEL), help="folder or name (default: %(default)s)")
-    command.add_argument(
-        "--prompts", type=Path, help="JSON list of texts (default: the model's prompts.json)"
-    )
+    command.add_argument("--prompts", type=Path, help="JSON list of texts (default: the model's prompts.json)")
     command.add_argument("--batch", type=numbers, default=[1, 8], help="requests at once, as in 1,8 (the default)")
     command.add_argument("--rounds", type=int, default=5, help="measurements per mode and batch (default: %(default)s)")
     command.add_argument("--tokens", type=int, default=64, help="tokens per answer (default: %(default)s)")

@@ -112,6 +112,15 @@ class Server:
                 os.killpg(self.process.pid, 0)
                 time.sleep(0.05)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For the body, the server and all its children stand still: an idle one still polls, and takes a core."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGCONT)
+
     def last_lines(self, count: int = LOG_LINES) -> str:
         """The end of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
