@@ -3,13 +3,19 @@
 Knows transformers, not vLLM. Field names are those of the published checkpoints.
 """
 
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ouro_vllm.names import MODEL_TYPE
 
 
+@strict
 class OuroConfig(PreTrainedConfig):
-    """`model_type: ouro`. Rotary settings may come as `rope_theta` and `rope_scaling` or as `rope_parameters`."""
+    """`model_type: ouro`. Rotary settings may come as `rope_theta` and `rope_scaling` or as `rope_parameters`.
+
+    Raises:
+        StrictDataclassFieldValidationError: a field of a wrong type; the message names it.
+    """
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -23,16 +29,16 @@ class OuroConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 65536
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: int | float = 0.02
+    rms_norm_eps: int | float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
     layer_types: list[str] | None = None
-    attention_dropout: float = 0.0
+    attention_dropout: int | float = 0.0
     # None stands for "not in config.json": a looped model without a loop count is refused, not guessed at.
     total_ut_steps: int | None = None
-    early_exit_threshold: float | None = None
+    early_exit_threshold: int | float | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -57,8 +63,8 @@ def check(config: OuroConfig) -> None:
             "config.json has no `total_ut_steps`: the number of loops the model was trained with. "
             "Add it (4 in the published Ouro checkpoints)."
         )
-    if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
-        raise ValueError(f"config.json: `total_ut_steps` is {loops!r}; it must be a whole number of at least 1.")
+    if loops < 1:
+        raise ValueError(f"config.json: `total_ut_steps` is {loops}; it must be at least 1.")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"config.json: `num_attention_heads` ({config.num_attention_heads}) must be a multiple of "

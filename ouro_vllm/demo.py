@@ -123,7 +123,7 @@ def demonstrate(
         print("`ouro-vllm doctor MODEL` looks for the cause.", file=sys.stderr)
         return 1
     finally:
-        print("Stopping the server ...", flush=True)
+        print("Stopping the server (Ctrl-C kills it at once) ...", flush=True)
         server.stop(grace)
         signal.signal(signal.SIGTERM, before)
 

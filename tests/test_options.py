@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from checkpoints import CONFIG
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ouro_vllm.config import OuroConfig, check
 from ouro_vllm.hooks import refuse_old_vllm
@@ -63,12 +64,19 @@ def test_old_and_new_rotary_settings_read_the_same():
     }
 
 
-@pytest.mark.parametrize("loops", [0, -3, 2.5, True, "4"])
+@pytest.mark.parametrize("loops", [0, -3, None])
 def test_impossible_loop_counts_are_named(loops):
-    config = OuroConfig(**CONFIG)
-    config.total_ut_steps = loops
     with pytest.raises(ValueError, match="total_ut_steps"):
-        check(config)
+        check(OuroConfig(**{**CONFIG, "total_ut_steps": loops}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("total_ut_steps", 2.5), ("total_ut_steps", "4"), ("hidden_size", "wide"), ("rms_norm_eps", "x")],
+)
+def test_wrong_types_are_named(field, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{field}'"):
+        OuroConfig(**{**CONFIG, field: value})
 
 
 def test_indivisible_heads_are_named():
