@@ -176,7 +176,7 @@ def test_a_client_that_hangs_up_frees_its_request(server, client):
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3500, "stream": True, "ignore_eos": True}
     with requests.post(f"{server}/v1/completions", json=body, stream=True, timeout=60) as stream:
         next(stream.iter_lines())
-        assert gauge(server, "vllm:num_requests_running") == 1
+        until(lambda: gauge(server, "vllm:num_requests_running") == 1, 60)
     until(lambda: gauge(server, "vllm:num_requests_running") == 0, 60)
     assert complete(client).choices[0].text == before
 
