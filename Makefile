@@ -1,7 +1,9 @@
 # `make` lists the targets. Everything is installed into .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3
-DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+ifndef DEVICE
+DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
 MODEL ?= examples/ouro-tiny
 NAME ?= ouro-tiny
 PORT ?= 8000
@@ -10,7 +12,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
-QUESTION := {"model": "$(NAME)", "prompt": "import os\nimport sys\n\n\ndef main():\n", "max_tokens": 64, "temperature": 0}
+QUESTION := {"model": "$(NAME)", "prompt": "def read_config(filename, encoding=None):\n", "max_tokens": 64, "temperature": 0}
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve demo doctor test clean

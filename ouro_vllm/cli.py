@@ -82,7 +82,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
         usage="ouro-vllm demo [MODEL] [options] [-- arguments of vllm serve]",
     )
     command.add_argument("model", nargs="?", default=str(BUNDLED_MODEL), help="folder or name (default: %(default)s)")
-    command.add_argument("--prompt", help="text to continue (default: the head of a Python file)")
+    command.add_argument("--prompt", help="text to continue (default: the head of a Python function)")
     command.add_argument("--question", help="question to ask as a chat (default: a sum)")
     command.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     command.add_argument(

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 # What the plugin uses where no import shows it: members of classes and modules.
 READS = {
-    "vllm.config.CompilationConfig": "cudagraph_copy_inputs",
+    "vllm.config.CompilationConfig": "cudagraph_copy_inputs cudagraph_mode splitting_ops use_inductor_graph_partition",
     "vllm.config.ModelConfig": "hf_config tokenizer_mode",
-    "vllm.config.ParallelConfig": "enable_dbo pipeline_parallel_size",
+    "vllm.config.ParallelConfig": "use_ubatching pipeline_parallel_size",
     "vllm.config.VllmConfig": "additional_config cache_config compilation_config kv_transfer_config model_config "
     "parallel_config quant_config use_v2_model_runner",
     "vllm.envs": "VLLM_CPU_KVCACHE_SPACE VLLM_PLUGINS VLLM_USE_V2_MODEL_RUNNER",
@@ -42,9 +42,10 @@ STANDS_FOR = {
 }
 # Functions whose inside the plugin relies on.
 INSIDES = {
+    "vllm.compilation.backends": "make_copy_and_call",
     "vllm.config.VllmConfig": "try_verify_and_update_config",
     "vllm.forward_context": "create_forward_context get_forward_context override_forward_context",
-    "vllm.model_executor.layers.attention.attention": "get_attention_context",
+    "vllm.model_executor.layers.attention.attention": "get_attention_context unified_attention_with_output",
     "vllm.model_executor.models.utils.AutoWeightsLoader": "load_weights",
     "vllm.model_executor.models.utils.WeightsMapper": "apply _map_name_with_shard",
     "vllm.renderers.registry": "renderer_from_config",

@@ -3,6 +3,8 @@
 Knows transformers, not vLLM. Field names are those of the published checkpoints.
 """
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -43,11 +45,16 @@ class OuroConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim, rest = divmod(self.hidden_size, max(1, self.num_attention_heads))
+            if rest:
+                raise ValueError(
+                    f"config.json: `hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                    f"({self.num_attention_heads}) where `head_dim` is not given."
+                )
         super().__post_init__(**kwargs)
 
 
@@ -65,6 +72,9 @@ def check(config: OuroConfig) -> None:
         )
     if loops < 1:
         raise ValueError(f"config.json: `total_ut_steps` is {loops}; it must be at least 1.")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"config.json: `{name}` is {getattr(config, name)}; it must be at least 1.")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"config.json: `num_attention_heads` ({config.num_attention_heads}) must be a multiple of "

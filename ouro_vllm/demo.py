@@ -1,6 +1,5 @@
 """`ouro-vllm demo`: a server for a moment. Starts it, waits until it is healthy, streams two answers, stops it."""
 
-import json
 import os
 import shlex
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 from ouro_vllm.cpu import environment, serve_command
 from ouro_vllm.server import GRACE_SECONDS, HOST, NAME, Server, ServerError, events, free_port
 
-PROMPT = "import os\nimport sys\n\n\ndef main():\n"
+PROMPT = "def read_config(filename, encoding=None):\n"
 QUESTION = "Evaluate modulo 5: + 3 4"
 # How long vLLM gives its engine to end by itself; it kills it at once otherwise.
 ENGINE_SECONDS = 10
@@ -51,8 +50,6 @@ def ask(port: int, path: str, body: dict[str, Any]) -> Answer:
     first = last = None
     tokens = 0
     for event in events(port, path, body):
-        if "error" in event:
-            raise ServerError(f"The server reported: {json.dumps(event['error'])}")
         if usage := event.get("usage"):
             tokens = usage["completion_tokens"]
         if text := "".join(text_of(choice) for choice in event.get("choices", ())):

@@ -3,6 +3,7 @@
 Only extension points: `ModelRegistry`, `MODELS_CONFIG_MAP`, the tokenizer and renderer registries, `AutoConfig`.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from ouro_vllm import config as ouro_config
@@ -10,7 +11,9 @@ from ouro_vllm.names import ARCHITECTURE, MODEL_TYPE, OLDEST_VLLM, TOKENIZER_MOD
 from ouro_vllm.options import OuroOptions
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+BREAKABLE_GRAPHS = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 
 
 def install() -> None:
@@ -20,13 +23,16 @@ def install() -> None:
         RuntimeError: vLLM is older than OLDEST_VLLM.
     """
     import vllm
+
+    # First of all: an older vLLM lacks what is imported next, and would say so instead.
+    refuse_old_vllm(vllm.__version__, vllm.__version_tuple__)
+
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    refuse_old_vllm(vllm.__version__, vllm.__version_tuple__)
     if MODELS_CONFIG_MAP.get(ARCHITECTURE) is OuroServerCheck:
         return
     AutoConfig.register(MODEL_TYPE, ouro_config.OuroConfig, exist_ok=True)
@@ -46,12 +52,11 @@ def refuse_old_vllm(version: str, parts: tuple[int | str, ...]) -> None:
 class OuroServerCheck:
     """Called by vLLM with the whole configuration of a server, before a process is started or a weight is read.
 
-    The two methods are those of `VerifyAndUpdateConfig` (vllm/model_executor/models/config.py); not derived from it,
-    so that importing this module stays cheap.
+    The two methods are those of `VerifyAndUpdateConfig` (vllm/model_executor/models/config.py).
     """
 
     @staticmethod
-    def verify_and_update_model_config(model_config) -> None:
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
         """Everything there is to say needs the whole configuration."""
 
     @staticmethod
@@ -61,28 +66,47 @@ class OuroServerCheck:
         Raises:
             ValueError: naming the setting and the mend.
         """
-        model_config = vllm_config.model_config
+        from vllm.config import CUDAGraphMode
+
+        model_config, compilation = vllm_config.model_config, vllm_config.compilation_config
         ouro_config.check(model_config.hf_config)
         options = OuroOptions.parse(vllm_config.additional_config, model_config.hf_config.total_ut_steps)
         refuse_unsupported(vllm_config)
-        # The compiled pass runs R times in a step, each time on another tensor; a graph replays fixed addresses.
-        vllm_config.compilation_config.cudagraph_copy_inputs = True
+        # vLLM turns these graphs on by itself for batch invariance, but only where the variable is not set.
+        os.environ.setdefault(BREAKABLE_GRAPHS, "0")
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            # The compiled pass runs R times in a step, each time on another tensor; a graph replays fixed addresses.
+            compilation.cudagraph_copy_inputs = True
         if options.fix_special_tokens and model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = TOKENIZER_MODE
 
 
 def refuse_unsupported(vllm_config: "VllmConfig") -> None:
-    """Raises ValueError for setups that a looped model cannot have."""
-    parallel = vllm_config.parallel_config
+    """Raises ValueError for setups that a looped model cannot have.
+
+    All but the first are refused for one reason: which loop's KV cache a pass uses is decided outside the compiled
+    graph (see `passes`), so whatever freezes that decision, or takes layer names for caches, would be silently wrong.
+    """
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a looped model runs the same layers again "
             "and again, and a loop cannot cross pipeline stages. Use --tensor-parallel-size or --data-parallel-size."
         )
-    if parallel.enable_dbo:
-        raise ValueError("--enable-dbo: Ouro runs its loops in one batch. Start without it.")
-    if vllm_config.kv_transfer_config is not None:
+    if parallel.use_ubatching:
         raise ValueError(
-            "--kv-transfer-config: KV connectors save and load caches by layer name, and all loops of an Ouro layer "
-            "run under one name. Start without a connector."
+            "--enable-dbo and --ubatch-size: microbatches exchange the forward context, and so do the loops of an Ouro "
+            "layer. Start without them."
         )
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size:
+        raise ValueError(
+            "--kv-transfer-config and --kv-offloading-size: KV connectors save and load caches by layer name, and all "
+            "loops of an Ouro layer run under one name. Start without a connector."
+        )
+    if compilation.use_inductor_graph_partition or compilation.splitting_ops:
+        raise ValueError(
+            "--compilation-config: `use_inductor_graph_partition` and `splitting_ops` would capture the KV cache of "
+            "loop 1 for all loops. Leave both unset."
+        )
+    if os.environ.get(BREAKABLE_GRAPHS, "0") not in ("", "0"):
+        raise ValueError(f"{BREAKABLE_GRAPHS}: such graphs would read the KV cache of loop 1 in all loops. Unset it.")

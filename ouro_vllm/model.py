@@ -19,7 +19,13 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
 from vllm.model_executor.models.llama import LlamaMLP
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    extract_layer_index,
+    make_layers,
+    maybe_prefix,
+)
 from vllm.sequence import IntermediateTensors
 
 from ouro_vllm.config import OuroConfig
@@ -73,6 +79,7 @@ class OuroAttention(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """positions [N], hidden states [N, D] -> [N, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.sizes, dim=-1)
         q, k = self.rotary_emb(positions, q, k)
@@ -104,7 +111,10 @@ class OuroLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, update: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's input is residual + update, kept apart so that each sum is fused with the norm behind it."""
+        """The layer's input is residual + update, kept apart so that each sum is fused with the norm behind it.
+
+        positions [N]; update and residual [N, D], residual None in the first layer. -> (update, residual).
+        """
         if residual is None:
             hidden_states, residual = self.input_layernorm(update), update
         else:
@@ -124,14 +134,18 @@ class OuroModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str, loops: int) -> None:
         super().__init__()
         config: OuroConfig = vllm_config.model_config.hf_config
+        stack = prefix
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.embed_tokens",
         )
-        self.layers = nn.ModuleList(
-            OuroLayer(vllm_config, prefix, layer, loops) for layer in range(config.num_hidden_layers)
+        # vLLM's own way of making layers, which is where its weight offloading gets hold of them.
+        _, _, self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: OuroLayer(vllm_config, stack, extract_layer_index(prefix), loops),
+            prefix=f"{stack}.layers",
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.early_exit_gate = ReplicatedLinear(
@@ -139,6 +153,7 @@ class OuroModel(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """positions [N], hidden states [N, D] -> normalised hidden states [N, D]."""
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -181,6 +196,7 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches = LoopCaches(tree, config.num_hidden_layers, loops)
+        self.loaded = False
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> embeddings [N, D]: the input of loop 1."""
@@ -219,11 +235,16 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         return logits.squeeze(-1)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill every parameter from a published checkpoint; quantised ones are checked by their own scheme.
+        """Fill every parameter from a published checkpoint.
+
+        Checkpoints that are quantised themselves have other tensors, which vLLM's loader checks as it does for any
+        model. Later calls may bring a part of the weights (vLLM's weight transfer does).
 
         Raises:
             CheckpointError: a tensor is missing, surplus or of a wrong shape.
         """
-        if self.quant_config is None:
-            weights = checked(weights, expected_shapes(self.config))
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        if getattr(self.config, "quantization_config", None) is None:
+            weights = checked(weights, expected_shapes(self.config), complete=not self.loaded)
+        names = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        self.loaded = True
+        return names

@@ -46,6 +46,11 @@ class OuroOptions:
                 hint = f" Did you mean `{close[0]}`?" if close else ""
                 allowed = ", ".join(f"`{n}`" for n in names)
                 raise OptionError(f"--additional-config: unknown option `{PLUGIN}.{name}`.{hint} Allowed: {allowed}.")
+        if "max_loops" not in given and total_ut_steps > MOST_LOOPS:
+            raise OptionError(
+                f"config.json: `total_ut_steps` is {total_ut_steps}, and a server runs at most {MOST_LOOPS} loops. "
+                f'Choose fewer with --additional-config \'{{"{PLUGIN}": {{"max_loops": {MOST_LOOPS}}}}}\'.'
+            )
         loops = given.get("max_loops", total_ut_steps)
         if isinstance(loops, bool) or not isinstance(loops, int) or not 1 <= loops <= MOST_LOOPS:
             raise OptionError(_wrong("max_loops", loops, f"a whole number from 1 to {MOST_LOOPS}"))

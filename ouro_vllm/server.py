@@ -1,6 +1,6 @@
 """A server as a child process: started, waited for, asked, and stopped whatever happens. Pure Python.
 
-What `ouro-vllm demo`, `ouro-vllm bench` and the tests share.
+What `ouro-vllm demo` and `ouro-vllm bench` share.
 """
 
 import contextlib
@@ -130,7 +130,7 @@ def events(port: int, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any
     """The events of a server-sent stream, each parsed, up to `[DONE]`.
 
     Raises:
-        ServerError: the server refused, or the stream ended before `[DONE]`.
+        ServerError: the server refused, reported an error, or the stream ended before `[DONE]`.
     """
     connection = http.client.HTTPConnection(HOST, port, timeout=600)
     try:
@@ -144,7 +144,10 @@ def events(port: int, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any
             if data == "[DONE]":
                 return
             if data:
-                yield json.loads(data)
+                event = json.loads(data)
+                if "error" in event:
+                    raise ServerError(f"The server reported: {json.dumps(event['error'])}")
+                yield event
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerError(f"The connection to the server broke: {error!r}.") from error
     finally:

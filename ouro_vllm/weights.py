@@ -53,10 +53,13 @@ def expected_shapes(config: Any) -> dict[str, Shape]:
     return shapes
 
 
-def checked(weights: Iterable[tuple[str, Tensor]], shapes: dict[str, Shape]) -> Iterator[tuple[str, Tensor]]:
+def checked(
+    weights: Iterable[tuple[str, Tensor]], shapes: dict[str, Shape], complete: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Pass (name, tensor) pairs on; every name of `shapes` must come by exactly once, in its shape.
 
-    A tied checkpoint may carry `lm_head.weight` all the same: it is passed on for the loader to compare.
+    Where the embeddings are tied but the checkpoint has an `lm_head.weight`, vLLM unties them in the configuration
+    before it loads (`ModelConfig.maybe_untie_word_embeddings`). complete=False lets names be missing.
 
     Raises:
         CheckpointError: on the first tensor that is surplus, doubled or of a wrong shape; at the end, with every
@@ -68,8 +71,6 @@ def checked(weights: Iterable[tuple[str, Tensor]], shapes: dict[str, Shape]) -> 
             raise CheckpointError(f"The checkpoint holds tensor `{name}` twice.")
         seen.add(name)
         wanted = shapes.get(name)
-        if wanted is None and name == "lm_head.weight":
-            wanted = shapes["model.embed_tokens.weight"]
         if wanted is None:
             raise CheckpointError(
                 f"The checkpoint holds tensor `{name}`, which an Ouro model with this config.json does not have. "
@@ -81,6 +82,6 @@ def checked(weights: Iterable[tuple[str, Tensor]], shapes: dict[str, Shape]) -> 
             )
         yield name, tensor
     missing = [name for name in shapes if name not in seen]
-    if missing:
+    if missing and complete:
         listed = ", ".join(f"`{name}`" for name in missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise CheckpointError(f"The checkpoint lacks {len(missing)} tensor(s): {listed}.")

@@ -34,6 +34,8 @@ def running(folder: str | Path = CHECKPOINT, **options) -> Iterator:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "seed": 0, "disable_log_stats": True}
+    # Several engines are up at once, each small.
+    defaults["gpu_memory_utilization"] = 0.2
     llm = None
     try:
         llm = LLM(str(folder), **{**defaults, **options})

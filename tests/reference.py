@@ -38,7 +38,7 @@ class Reference:
                 x = self.layer(x, f"model.layers.{layer}.")
             x = self.norm(x, "model.norm.weight")
             gate = x @ self.w["model.early_exit_gate.weight"][0] + self.w["model.early_exit_gate.bias"]
-            head = "model.embed_tokens.weight" if self.config.get("tie_word_embeddings") else "lm_head.weight"
+            head = "lm_head.weight" if "lm_head.weight" in self.w else "model.embed_tokens.weight"
             depths.append(Depth(hidden=x, logits=x @ self.w[head].T, exit_logit=gate))
         return depths
 

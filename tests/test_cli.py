@@ -455,7 +455,7 @@ def test_serve_prints_a_line_to_try(make, tmp_path):
     parsed = subprocess.run(["sh", "-c", f"printf '%s\\n' {curl}"], capture_output=True, text=True, check=True).stdout
     assert "http://localhost:8123/v1/completions\n" in parsed
     assert parsed.splitlines()[-1] == (
-        '{"model": "ouro-tiny", "prompt": "import os\\nimport sys\\n\\n\\ndef main():\\n", '
+        '{"model": "ouro-tiny", "prompt": "def read_config(filename, encoding=None):\\n", '
         '"max_tokens": 64, "temperature": 0}'
     )
 

@@ -5,6 +5,8 @@ greedy outputs compared token by token: the reference reads prompt and answer in
 the argmax of what it sees before it.
 """
 
+import hashlib
+import json
 import random
 
 import pytest
@@ -172,16 +174,22 @@ def test_tensor_parallel_on_two_workers(engine, reference, heldout, monkeypatch)
         assert_greedy(reference, asked, greedy(llm, asked))
 
 
-def test_compiled_pass(engine, reference, heldout):
-    """vLLM's compilation on: one compiled unit serves all loops, with the reference's answers."""
-    from vllm.compilation.counter import compilation_counter
+def test_one_pass_is_compiled_once(engine, reference, heldout, monkeypatch, tmp_path):
+    """vLLM's compilation on, nothing cached: one graph, with as many attention calls as layers, serves all loops."""
+    from torch._inductor import compile_fx
 
-    models, asked = compilation_counter.num_models_seen, prompts(heldout, mixed_lengths(12, 300, seed=16), seed=17)
+    graphs, compile_graph = {}, compile_fx.compile_fx
+
+    def counted(graph, *args, **kwargs):  # it calls itself with the same graph, hence a dictionary
+        graphs[graph] = sum("unified_attention_with_output" in str(node.target) for node in graph.graph.nodes)
+        return compile_graph(graph, *args, **kwargs)
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(compile_fx, "compile_fx", counted)
+    asked = prompts(heldout, mixed_lengths(12, 300, seed=16), seed=17)
     with engine(enforce_eager=False) as llm:
-        assert compilation_counter.num_models_seen == models + 1
-        compiled = llm.apply_model(lambda model: model.model.compiled)[0]
-        assert compiled
         assert_greedy(reference, asked, greedy(llm, asked))
+    assert list(graphs.values()) == [reference.config["num_hidden_layers"]]
 
 
 def test_the_reference_notices_a_wrong_loop(reference, heldout):
@@ -191,5 +199,9 @@ def test_the_reference_notices_a_wrong_loop(reference, heldout):
     assert not torch.equal(three, four)
 
 
-def test_checkpoint_is_the_bundled_one():
-    assert (CHECKPOINT / "model.safetensors").stat().st_size < 12e6
+def test_the_card_speaks_of_the_bundled_weights_and_misses_nothing():
+    weights = (CHECKPOINT / "model.safetensors").read_bytes()
+    card = json.loads((CHECKPOINT / "evaluation.json").read_text())
+    assert card["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert len(card["requirements"]) == 8 and all(check["met"] for check in card["requirements"])
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 12e6

@@ -1,6 +1,7 @@
 """Options, configuration and plugin entry: everything that needs no engine."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -93,6 +94,18 @@ def test_old_vllm_is_refused(parts, refused):
             refuse_old_vllm(".".join(map(str, parts)), parts)
     else:
         refuse_old_vllm(".".join(map(str, parts)), parts)
+
+
+def test_old_vllm_is_refused_before_anything_else_is_imported(tmp_path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("__version__ = '0.11.0'; __version_tuple__ = (0, 11, 0)")
+    done = subprocess.run(
+        [sys.executable, "-c", "import ouro_vllm; ouro_vllm.register()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode and "RuntimeError: ouro-vllm needs vLLM 0.32 or newer; 0.11.0 is installed" in done.stderr
 
 
 def fresh(code: str) -> dict:

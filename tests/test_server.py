@@ -1,4 +1,4 @@
-"""A real server on a real port, as `make serve` starts it, spoken to with the `openai` client. Float32."""
+"""A real server on a real port, started by `ouro-vllm serve`, spoken to with the `openai` client. Float32."""
 
 import json
 import os

@@ -70,5 +70,21 @@ def test_right_files_and_base_models_are_left_alone(published):
     assert load(published).eos_token == END
 
 
+def test_a_server_puts_them_right_by_default_and_stops_there(engine, published):
+    """The whole way: the config hook chooses the tokenizer, and an answer ends at the chat's own end mark."""
+    from vllm import SamplingParams
+
+    shutil.copy(CHECKPOINT / "model.safetensors", published)
+    (published / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 0}')
+    talk = [{"role": "user", "content": "Evaluate modulo 5: + 3 4"}]
+    params = SamplingParams(temperature=0, max_tokens=20)
+    for option, mode, eos in (({}, "ouro", 2), ({"ouro": {"fix_special_tokens": False}}, "auto", 0)):
+        with engine(published, additional_config=option) as llm:
+            assert llm.llm_engine.model_config.tokenizer_mode == mode
+            assert llm.get_tokenizer().eos_token_id == eos
+            answer = llm.chat(talk, params, use_tqdm=False)[0].outputs[0]
+        assert (answer.token_ids[-1] == 2 and answer.finish_reason == "stop") == (eos == 2)
+
+
 def test_plain_text_is_encoded_the_same(published):
     assert load(published).encode("def f(x):\n    return x") == load(CHECKPOINT).encode("def f(x):\n    return x")

@@ -98,7 +98,9 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, batches, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "killed", 5, SHAPE, STEPS.lr).train(batches, STEPS)
     monkeypatch.undo()
-    resumed = Run(tmp_path / "killed", 99, SHAPE, STEPS.lr)
+    with pytest.raises(SystemExit, match="'seed': 5.*--work"):
+        Run(tmp_path / "killed", 99, SHAPE, STEPS.lr)
+    resumed = Run(tmp_path / "killed", 5, SHAPE, STEPS.lr)
     assert resumed.step == 4
     resumed.train(batches, STEPS)
     for run, folder in ((whole, "a"), (resumed, "b")):

@@ -7,6 +7,7 @@ the checkpoint misses one of its requirements.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import random
@@ -537,6 +538,7 @@ def evaluate(checkpoint: Checkpoint, say: Callable[[str], None]) -> dict:
     held = [d for d in library_documents if d.held_out]
     stream = token_stream(checkpoint.tokenizer, held)
     figures: dict = {"python": platform.python_version(), "parameters": checkpoint.parameters}
+    figures["sha256"] = hashlib.sha256((checkpoint.folder / "model.safetensors").read_bytes()).hexdigest()
     figures |= {"held_out_documents": len(held), "held_out_tokens": len(stream) - 1, "training": checkpoint.recorded}
     say(introduction(checkpoint))
     scores = score(checkpoint.net, stream, depth + EXTRA_LOOPS)

@@ -14,6 +14,8 @@ import argparse
 import json
 import platform
 import random
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -159,8 +161,10 @@ class Run:
     """One training run in a folder: what is saved, where it goes on, what it writes at the end."""
 
     def __init__(self, folder: Path, seed: int, shape: Shape, peak: float) -> None:
+        """Raises SystemExit where the folder holds a run of another seed, shape or learning rate."""
         folder.mkdir(parents=True, exist_ok=True)
         self.state_file, self.folder = folder / "state.pt", folder
+        self.identity = {"seed": seed, "lr": peak, **asdict(shape)}
         torch.manual_seed(seed)
         self.net = LoopedLM(shape)
         self.tuners = optimizers(self.net, peak)
@@ -168,6 +172,8 @@ class Run:
         self.step = 0
         if self.state_file.exists():
             saved = torch.load(self.state_file, weights_only=True)
+            if saved.get("identity", self.identity) != self.identity:
+                sys.exit(f"{folder} holds a run with {saved['identity']}: name another folder with --work.")
             self.net.load_state_dict(saved["net"])
             for tuner, state in zip([*self.tuners, self.gate_tuner], saved["tuners"], strict=True):
                 tuner.load_state_dict(state)
@@ -176,7 +182,7 @@ class Run:
     def save(self) -> None:
         state = {"net": self.net.state_dict(), "tuners": [t.state_dict() for t in [*self.tuners, self.gate_tuner]]}
         part = self.state_file.with_suffix(".part")
-        torch.save({**state, "step": self.step}, part)
+        torch.save({**state, "step": self.step, "identity": self.identity}, part)
         part.replace(self.state_file)
 
     def train(self, batches: Batches, args: argparse.Namespace) -> None:
