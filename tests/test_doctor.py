@@ -428,5 +428,5 @@ def test_with_no_package_at_all(checkpoint):
     )
     assert done.returncode == 1, done.stderr
     assert "vLLM is not installed" in done.stdout
-    assert "cannot be looked at: No module named 'transformers'" in done.stdout
+    assert "cannot be looked at: No module named 'huggingface_hub'" in done.stdout
     assert done.stderr == ""
