@@ -15,3 +15,12 @@ def register() -> None:
     from ouro_vllm.hooks import install
 
     install()
+
+
+def __getattr__(name: str) -> type:
+    """`SelfSpeculator`, the name users give to vLLM, without importing it here."""
+    if name == "SelfSpeculator":
+        from ouro_vllm.speculator import SelfSpeculator
+
+        return SelfSpeculator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

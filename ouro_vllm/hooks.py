@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ouro_vllm import config as ouro_config
 from ouro_vllm.names import ARCHITECTURE, MODEL_TYPE, OLDEST_VLLM, TOKENIZER_MODE
+from ouro_vllm import speculation
 from ouro_vllm.options import OuroOptions
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class OuroServerCheck:
         ouro_config.check(model_config.hf_config)
         options = OuroOptions.parse(vllm_config.additional_config, model_config.hf_config.total_ut_steps)
         refuse_unsupported(vllm_config)
+        choose_worker(vllm_config)
         # vLLM turns these graphs on by itself for batch invariance, but only where the variable is not set.
         os.environ.setdefault(BREAKABLE_GRAPHS, "0")
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
@@ -79,6 +81,27 @@ class OuroServerCheck:
             compilation.cudagraph_copy_inputs = True
         if options.fix_special_tokens and model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = TOKENIZER_MODE
+
+
+def choose_worker(vllm_config: "VllmConfig") -> None:
+    """Put Ouro's worker in place, and its scheduler where it speculates.
+
+    Raises:
+        ValueError: self-speculation on a platform or with a setting that has no place for it.
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    known = current_platform.is_cpu() or current_platform.is_cuda_alike()
+    if speculative is not None:
+        speculation.check(vllm_config, known)
+        vllm_config.scheduler_config.scheduler_cls = "ouro_vllm.scheduler.OuroScheduler"
+        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            # A pass is the unit of replay: its rows stand at any depth, which graphs of whole steps cannot express.
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if known and parallel.worker_cls == "auto":
+        parallel.worker_cls = "ouro_vllm.workers.Ouro" + ("CPU" if current_platform.is_cpu() else "GPU") + "Worker"
 
 
 def refuse_unsupported(vllm_config: "VllmConfig") -> None:

@@ -29,6 +29,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from ouro_vllm.config import OuroConfig
+from ouro_vllm.kv import LoopAttention
 from ouro_vllm.options import OuroOptions
 from ouro_vllm.passes import LoopCaches, layer_name
 from ouro_vllm.weights import checked, expected_shapes
@@ -65,8 +66,12 @@ class OuroAttention(nn.Module):
         )
         heads, kv_heads = config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
         self.sizes = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
-        self.loops = nn.ModuleList(
-            Attention(
+        # Rows of mixed depth share a pass only under speculation; otherwise all loops live in one plain KV group.
+        grouped = vllm_config.speculative_config is not None
+        self.loops = nn.ModuleList()
+        for loop in range(1, loops + 1):
+            own_group = grouped and loop < loops
+            attention = (LoopAttention if own_group else Attention)(
                 heads,
                 config.head_dim,
                 config.head_dim**-0.5,
@@ -75,8 +80,9 @@ class OuroAttention(nn.Module):
                 quant_config=quant,
                 prefix=layer_name(stack, layer, loop, config.num_hidden_layers),
             )
-            for loop in range(1, loops + 1)
-        )
+            if own_group:
+                attention.loop = loop
+            self.loops.append(attention)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [N], hidden states [N, D] -> [N, D]."""
@@ -196,6 +202,10 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches = LoopCaches(tree, config.num_hidden_layers, loops)
+        self.layer_names = [
+            [layer_name(tree, layer, loop, config.num_hidden_layers) for layer in range(config.num_hidden_layers)]
+            for loop in range(1, loops + 1)
+        ]
         self.loaded = False
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

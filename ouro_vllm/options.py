@@ -12,6 +12,8 @@ from typing import Any
 from ouro_vllm.names import PLUGIN
 
 MOST_LOOPS = 16
+SPECULATION = ("wavefront", "draft-verify")
+SPECULATE = "ouro_speculate"  # in a request's vllm_xargs: 0 switches drafting off for it
 
 
 class OptionError(ValueError):
@@ -24,10 +26,14 @@ class OuroOptions:
 
     max_loops: loops of the stack per token, 1 to MOST_LOOPS. Above the checkpoint's `total_ut_steps` is extrapolation.
     fix_special_tokens: put right the special tokens of chat checkpoints that ship bos, eos and pad all the same.
+    speculation: how a server with `SelfSpeculator` drafts, one of SPECULATION.
+    entry_loop: loops a row has run when its readout is fed, 1 to max_loops; None lets the server choose as it measures.
     """
 
     max_loops: int
     fix_special_tokens: bool = True
+    speculation: str = "wavefront"
+    entry_loop: int | None = None
 
     @classmethod
     def parse(cls, additional_config: Any, total_ut_steps: int) -> "OuroOptions":
@@ -57,7 +63,30 @@ class OuroOptions:
         fix = given.get("fix_special_tokens", True)
         if not isinstance(fix, bool):
             raise OptionError(_wrong("fix_special_tokens", fix, "true or false"))
-        return cls(max_loops=loops, fix_special_tokens=fix)
+        speculation = given.get("speculation", SPECULATION[0])
+        if speculation not in SPECULATION:
+            raise OptionError(_wrong("speculation", speculation, " or ".join(f'"{name}"' for name in SPECULATION)))
+        entry = given.get("entry_loop")
+        if entry is not None and (isinstance(entry, bool) or not isinstance(entry, int) or not 1 <= entry <= loops):
+            raise OptionError(_wrong("entry_loop", entry, f"a whole number from 1 to {loops}, the server's loops"))
+        return cls(max_loops=loops, fix_special_tokens=fix, speculation=speculation, entry_loop=entry)
+
+
+def speculates(params: Any) -> bool:
+    """Whether a request with these sampling parameters (vLLM's SamplingParams) is drafted for.
+
+    Not if it says so, and not where early readouts cannot know what vLLM's sampler will do to the last one: grammars and
+    whatever depends on the tokens before.
+    """
+    return bool((params.extra_args or {}).get(SPECULATE, 1)) and not (
+        params.structured_outputs is not None
+        or params.bad_words
+        or params.allowed_token_ids
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or params.thinking_token_budget is not None
+    )
 
 
 def _wrong(name: str, value: Any, allowed: str) -> str:

@@ -1,0 +1,364 @@
+"""Ouro's model runner: vLLM's V1 runner with draws keyed by position and, under self-speculation, with the wavefront.
+
+What is overridden, all of vllm/v1/worker/gpu_model_runner.py (0.32):
+    _update_states: notes which requests are new, lost their blocks, or are gone.
+    _on_request_state_removed: vLLM's hook for this.
+    _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`.
+    _model_forward: vLLM's hook for this.
+    _sample: sets each request's generator to the position drawn for.
+    _get_spec_decode_draft_probs, _input_fits_in_drafter, propose_draft_token_ids, take_draft_token_ids: drafting.
+The burst of passes that drafts runs in `take_draft_token_ids`, which the engine core calls after the step's tokens are
+on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token_ids`, before.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+from ouro_vllm.kv import groups_by_loop
+from ouro_vllm.names import PLUGIN
+from ouro_vllm.noise import key
+from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.wavefront.flight import Flight
+from ouro_vllm.wavefront.pacing import Pace, StepReport
+from ouro_vllm.wavefront.tensors import Passes, Step
+from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
+
+logger = init_logger(f"vllm.{PLUGIN}.runner")
+
+
+class KeyedDraws:
+    """Draws keyed by (seed, position), with and without speculation. Mixed into a V1 model runner."""
+
+    def start_draws(self) -> None:
+        """Called once, after the runner is made."""
+        self._seeds: dict[str, int] = {}
+        self._unseeded = torch.Generator().manual_seed(self.model_config.seed)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        result = super()._update_states(scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            if new.req_id not in self._seeds and params is not None:
+                # Every rank sees requests in the same order, so an unseeded one has the same seed on all of them.
+                drawn = int(torch.randint(0, 2**62, (), generator=self._unseeded)) if params.seed is None else None
+                self._seeds[new.req_id] = params.seed if drawn is None else drawn
+        # vLLM rewinds the generators of requests that are still in their prompts, which CPU generators cannot do.
+        self.input_batch.generators.clear()
+        return result
+
+    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+        super()._on_request_state_removed(req_id, req_state)
+        self._seeds.pop(req_id, None)
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
+        batch = self.input_batch
+        if batch.random_reqs:
+            ends = self.optimistic_seq_lens_cpu[: batch.num_reqs].tolist()
+            for index, request in enumerate(batch.req_ids):
+                if request in batch.random_reqs:
+                    # The last token of the step is drawn first (RejectionSampler.forward): its position is the key's.
+                    batch.generators[index] = self.generator(request, ends[index])
+        try:
+            return super()._sample(logits, spec_decode_metadata)
+        finally:
+            batch.generators.clear()
+
+    def generator(self, request: str, position: int) -> torch.Generator:
+        """The generator for the token at `position` (0-based) of a request."""
+        return torch.Generator(device=self.device).manual_seed(key(self._seeds[request], position))
+
+
+class SelfSpeculation(KeyedDraws):
+    """The wavefront. Mixed into a V1 model runner of a server with `SelfSpeculator`."""
+
+    def start_speculation(self) -> None:
+        """Called once, after the runner is made and before the model is loaded."""
+        self.start_draws()
+        config = self.vllm_config
+        options = OuroOptions.parse(config.additional_config, config.model_config.hf_config.total_ut_steps)
+        self._loops, self._burst = options.max_loops, config.speculative_config.num_speculative_tokens
+        self._textbook = options.speculation == "draft-verify"
+        self._waves: Waves | None = None
+        self._pace = Pace(entry=1, passes=self._burst)
+        self._lanes: list[Lane] = []
+        self._own_step = self._due = False
+        self._committed = 0
+        self._probabilities: dict[int, torch.Tensor] = {}
+
+    # The engine's start.
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does; then the machine for mixed-depth passes, unless vLLM is only profiling."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if kwargs.get("is_profiling", False) or (args and args[0]):
+            return
+        names = self.get_model().layer_names
+        self._names = names[0]
+        layers = self.compilation_config.static_forward_context
+        self._groups = groups_by_loop(self.kv_cache_config, names, layers)
+        self._attention = next(
+            group for groups in self.attn_groups for group in groups if names[0][0] in group.layer_names
+        )
+        requests = self.scheduler_config.max_num_seqs
+        self._block_size = self.input_batch.block_table[self._groups[0]].block_size
+        machine = Passes(
+            slots=slots_needed(self._loops, self._burst, requests),
+            hidden_size=self.model_config.get_hidden_size(),
+            block_size=self._block_size,
+            dtype=self.model_config.dtype,
+            device=self.device,
+            embed=self.model.embed_input_ids,
+            model=self._one_pass,
+            choose=self._choose,
+            loops=self._loops,
+        )
+        self._waves = Waves(self._loops, self._burst, requests, machine)
+
+    # Requests come, wait and go.
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        lost = set(scheduler_output.finished_req_ids) | scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        lost |= scheduler_output.preempted_req_ids or set()
+        lost |= {new.req_id for new in scheduler_output.scheduled_new_reqs}
+        if self._waves:
+            for request in lost:
+                self._waves.forget(request)
+        self._pace = getattr(scheduler_output, PLUGIN, self._pace)
+        return super()._update_states(scheduler_output)
+
+    # The forward.
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does, remembering that this step's metadata is built pass by pass."""
+        self._own_step, self._scheduled = self._waves is not None, scheduler_output
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self._own_step = False
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._own_step:
+            return super()._build_attention_metadata(*args, **kwargs)
+        # Every pass has its own. The second value only has to be there for vLLM to call the drafter.
+        return {}, object()
+
+    def _model_forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        if not self._own_step:
+            return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
+        try:
+            return self._wave_forward(input_ids)
+        except Exception:
+            logger.exception("Self-speculation failed in this step; its rows are computed again, plainly.")
+            self._drop_all()
+            return self._wave_forward(input_ids)
+
+    def _wave_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, D] after the last loop of the N scheduled tokens."""
+        assert self._waves is not None
+        waves, batch, scheduled = self._waves, self.input_batch, self._scheduled
+        machine: Passes = waves.machine
+        counts = [scheduled.num_scheduled_tokens[request] for request in batch.req_ids]
+        starts = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
+        discarded = self.discard_request_mask.np[: batch.num_reqs].tolist()
+        lanes, chunks, layout, where = [], [], [], 0
+        for index, (request, start, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
+            state = self.requests[request]
+            flight = waves.flight(request)
+            claimed = 0
+            if discarded[index]:  # a prompt that ends in a later step
+                waves.free += flight.clear()
+            else:
+                known = len(scheduled.scheduled_spec_decode_tokens.get(request, ())) + 1
+                tail = batch.token_ids_cpu[index, start + count - known : start + count].tolist()
+                claimed = waves.claim(flight, start + count - known, tail)
+                self._limit(index, flight, state)
+            if claimed < count:
+                chunks.append(Chunk(index, start, count - claimed, where))
+            follows = not discarded[index] and speculates(state.sampling_params)
+            lanes.append(Lane(index, flight, follows, self._pace.entry))
+            layout += range(where + count - claimed, where + count)
+            where += count
+        machine.step = Step(self._tables())
+        if chunks:
+            machine.step.chunk_ids = torch.cat([input_ids[c.where : c.where + c.tokens] for c in chunks]).long()
+        waves.forward(lanes, chunks, follow=not self._textbook)
+        self._lanes = lanes
+        kept = machine.kept([row.slot for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
+        if not chunks:
+            return kept
+        hidden = kept.new_empty(where, kept.shape[1])
+        hidden[torch.tensor(layout, dtype=torch.int64, device=self.device)] = kept
+        done = 0
+        for chunk in chunks:
+            hidden[chunk.where : chunk.where + chunk.tokens] = machine.step.chunk_hidden[done : done + chunk.tokens]
+            done += chunk.tokens
+        return hidden
+
+    def _limit(self, index: int, flight: Flight, state: Any) -> None:
+        """How far rows may run ahead of what is committed: allocated slots, the answer's length, its end."""
+        params, batch = state.sampling_params, self.input_batch
+        blocks = min(int(batch.block_table[group].num_blocks_per_row[index]) for group in self._groups)
+        flight.end = min(blocks * self._block_size, self.max_model_len)
+        if params.max_tokens is not None:
+            flight.end = min(flight.end, state.num_prompt_tokens + params.max_tokens - 1)
+        # Not all_stop_token_ids, which names the end of sequence also where it is ignored.
+        flight.stops = frozenset((params.eos_token_id, *(params.stop_token_ids or ())))
+
+    def _tables(self) -> torch.Tensor:
+        """Block ids [R, B, W] of this step's batch, W the most blocks any request has."""
+        tables = [self.input_batch.block_table[group] for group in self._groups]
+        requests = self.input_batch.num_reqs
+        width = max(int(table.num_blocks_per_row[:requests].max()) for table in tables)
+        return torch.stack([table.get_device_tensor(requests)[:, :width] for table in tables])
+
+    def _one_pass(
+        self, positions: torch.Tensor, hidden: torch.Tensor, common: CommonAttentionMetadata
+    ) -> torch.Tensor:
+        """One pass of rows of any depth: positions [N], hidden [N, D] -> [N, D], valid until the next pass."""
+        rows = positions.shape[0]
+        mode, batch = self.cudagraph_dispatcher.dispatch(num_tokens=rows, invalid_modes={CUDAGraphMode.FULL})
+        slots = common.slot_mapping
+        if batch.num_tokens > rows:
+            padding = batch.num_tokens - rows
+            positions = torch.nn.functional.pad(positions, (0, padding))
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
+            slots = torch.nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID)
+        metadata = self._attention.build_metadata(common)
+        with set_forward_context(
+            dict.fromkeys(self._names, metadata),
+            self.vllm_config,
+            num_tokens=batch.num_tokens,
+            cudagraph_runtime_mode=mode,
+            batch_descriptor=batch,
+            slot_mapping=dict.fromkeys(self._names, slots),
+        ):
+            return self.get_model().model(positions, hidden)[:rows]
+
+    # Readouts and draws.
+
+    def _choose(
+        self, hidden: torch.Tensor, lanes: list[int], positions: list[int], slots: list[int | None]
+    ) -> list[int]:
+        """Tokens [M] for hidden states [M, D]: what vLLM's sampler would take at `positions` of the batch's `lanes`.
+
+        slots: where the draw's probabilities are to be kept, for rows at the last loop.
+        """
+        batch = self.input_batch
+        logits = self.model.compute_logits(hidden).to(torch.float32)
+        for row, (lane, position) in enumerate(zip(lanes, positions, strict=True)):
+            state = self.requests[batch.req_ids[lane]]
+            if position - state.num_prompt_tokens < state.sampling_params.min_tokens:
+                logits[row, list(state.sampling_params.all_stop_token_ids)] = -torch.inf
+        tokens = logits.argmax(dim=-1)
+        random = [row for row, lane in enumerate(lanes) if batch.req_ids[lane] in batch.random_reqs]
+        if random:
+            metadata: SamplingMetadata = batch.sampling_metadata
+            rows = torch.tensor(random, device=self.device)
+            at = torch.tensor([lanes[row] for row in random], device=self.device)
+            scaled = logits[rows] / metadata.temperature[at, None]
+            top_k = None if metadata.top_k is None else metadata.top_k[at]
+            top_p = None if metadata.top_p is None else metadata.top_p[at]
+            scaled = apply_top_k_top_p(scaled, top_k, top_p)
+            probabilities = scaled.softmax(dim=-1, dtype=torch.float32)
+            for number, row in enumerate(random):
+                if slots[row] is not None:
+                    self._probabilities[slots[row]] = probabilities[number]
+            generators = {
+                number: self.generator(batch.req_ids[lanes[row]], positions[row]) for number, row in enumerate(random)
+            }
+            tokens[rows] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
+        return tokens.tolist()
+
+    def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
+        """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one is missing."""
+        batch = self.input_batch
+        if not batch.random_reqs or self._textbook:
+            return None
+        rows: list[torch.Tensor] = []
+        for lane, drafts in zip(self._lanes, spec_decode_metadata.num_draft_tokens, strict=True):
+            held = lane.flight.rows[: lane.flight.held]
+            if batch.req_ids[lane.index] not in batch.random_reqs:
+                rows += [torch.zeros(self.input_batch.vocab_size, device=self.device)] * drafts
+                continue
+            known = [self._probabilities[row.slot] for row in held[:drafts] if row.slot in self._probabilities]
+            if len(known) != drafts:
+                return None
+            rows += known
+        return torch.stack(rows) if rows else None
+
+    # Drafting.
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """vLLM stops drafting for everybody near the end of one context; here each flight has its own end."""
+        return common_attn_metadata is not None
+
+    def propose_draft_token_ids(
+        self, scheduler_output: Any, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        """Take note of what was sampled; drafts are made in `take_draft_token_ids`."""
+        assert self._waves is not None
+        lengths = self.input_batch.num_tokens_no_spec
+        for lane, sampled in zip(self._lanes, sampled_token_ids, strict=True):
+            if not sampled:
+                continue
+            flight, position = lane.flight, int(lengths[lane.index]) - 1
+            self._committed += len(sampled)
+            if sampled[-1] in flight.stops or position >= flight.end:
+                self._waves.free += flight.clear()
+            else:
+                self._waves.restart(flight, position, sampled[-1])
+        self._due = True
+        return [[] for _ in self._lanes]
+
+    @torch.inference_mode()
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Run the burst and return what it settled."""
+        if not self._due or self._waves is None:
+            return None
+        self._due = False
+        try:
+            lanes = [lane for lane in self._lanes if lane.speculates]
+            if self._textbook:
+                self._waves.draft(lanes, self._burst)
+                drafts = {lane.index: lane.flight.guessed(self._burst) for lane in lanes}
+            else:
+                self._waves.burst(lanes, self._pace.passes)
+                drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}
+        except Exception:
+            logger.exception("Self-speculation failed while drafting; this step goes without drafts.")
+            self._drop_all()
+            drafts = {}
+        request_ids = list(self.input_batch.req_ids)
+        return DraftTokenIds(request_ids, [drafts.get(index, []) for index in range(len(request_ids))])
+
+    def _drop_all(self) -> None:
+        """Forget what is under way. Nothing depends on it: vLLM schedules every token until its row is committed."""
+        assert self._waves is not None
+        for request in list(self._waves.flights):
+            self._waves.forget(request)
+        self._probabilities.clear()
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM does; what was measured goes along with the output."""
+        output = super().sample_tokens(grammar_output)
+        if self._waves:
+            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed))
+            self._committed = 0
+        return output

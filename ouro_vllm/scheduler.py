@@ -1,0 +1,50 @@
+"""The scheduler under self-speculation: slots for rows that run ahead, and one place where the pace is decided."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from ouro_vllm.names import PLUGIN
+from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.wavefront.pacing import Pacer
+
+logger = init_logger(f"vllm.{PLUGIN}.scheduler")
+
+
+class OuroScheduler(Scheduler):
+    """vLLM's scheduler. Overridden: `__init__`, `schedule`, `update_from_output`."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        options = OuroOptions.parse(
+            vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps
+        )
+        # Rows run ahead of what is scheduled by the passes of a burst and by what is in flight behind them.
+        self.num_lookahead_tokens = self.num_spec_tokens + options.max_loops - 1
+        # vLLM pads a request that needs one token to 1 + k rows of token -1, for CUDA graphs of uniform steps. There
+        # are none here, and the padding would be drafts without rows. A schedule of drafts per batch size turns it off.
+        if self.dynamic_sd_lookup is None:
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+        self.pacer = Pacer(options.max_loops, self.num_spec_tokens, options.entry_loop)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does, with the pace attached."""
+        output = super().schedule(*args, **kwargs)
+        decoding, hurry = 0, False
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            if request.num_computed_tokens < request.num_tokens:  # more of the prompt to come
+                hurry = True
+            else:
+                decoding += 1
+                hurry = hurry or not speculates(request.sampling_params)
+        setattr(output, PLUGIN, self.pacer.decide(decoding, hurry))
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM does, after learning from what the runner measured."""
+        report = getattr(model_runner_output, PLUGIN, None)
+        if report is not None:
+            self.pacer.learn(report)
+        return super().update_from_output(scheduler_output, model_runner_output)

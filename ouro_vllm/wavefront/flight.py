@@ -1,0 +1,140 @@
+"""One request's positions under way: what enters, what is dropped, what is settled.
+
+Pure Python. Words as in arXiv 2609.23033 and 2609.17184: a row is one position of the request; every pass runs each row
+of the flight one loop deeper, so that a row enters at the back while the oldest reaches the last loop. A readout is the
+token that a row's hidden state proposes for the next position.
+
+What keeps this exact. A row at position i reads, at loop r, the keys and values that positions before i wrote at loop r.
+Rows of a flight stand at consecutive positions, and of two neighbours the older is at least one loop further (or both
+run the same loop in the same pass, each layer writing before it reads). So whatever a row reads was written in an
+earlier pass or in this one, by the token that stands there now: when a token is replaced, it and all after it leave the
+flight, and their successors write anew before anything reads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+NOTHING: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Row:
+    """One position under way.
+
+    position: 0-based place in the sequence.
+    token: the token that stands there.
+    slot: where its hidden state is kept between passes.
+    depth: loops it has run.
+    heard: its readouts, one per loop from the first that was read.
+    """
+
+    position: int
+    token: int
+    slot: int
+    depth: int = 0
+    heard: list[int] = field(default_factory=list)
+
+
+class Flight:
+    """The rows of one request, oldest first, at consecutive positions and falling depth.
+
+    Attributes:
+        rows: what is under way.
+        waiting: (position, token) that will enter next and needs no readout; None once it has entered.
+        end: positions from here on are not entered (allocated slots, length of the answer, length of the context).
+        stops: tokens that end the answer; nothing enters behind one.
+        held: leading rows that somebody waits for; they are not dropped, whatever is read.
+    """
+
+    def __init__(self, loops: int) -> None:
+        self.loops = loops
+        self.rows: list[Row] = []
+        self.waiting: tuple[int, int] | None = None
+        self.end = 0
+        self.stops: frozenset[int] = NOTHING
+        self.held = 0
+
+    def restart(self, position: int, token: int) -> list[int]:
+        """The request's newest token stands at `position`: keep the rows from there on if they agree with it.
+
+        Returns the slots of the rows that leave.
+        """
+        self.waiting, self.held = None, 0
+        first = self.rows[0].position if self.rows else position
+        here = position - first
+        if 0 <= here < len(self.rows) and self.rows[here].token == token:
+            left, self.rows = self.rows[:here], self.rows[here:]
+        else:
+            left, self.rows, self.waiting = self.rows, [], (position, token)
+        return [row.slot for row in left]
+
+    def clear(self) -> list[int]:
+        """Everything leaves. Returns the slots."""
+        left, self.rows, self.waiting, self.held = self.rows, [], None, 0
+        return [row.slot for row in left]
+
+    def matching(self, position: int, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, from `position` on, stand in the oldest rows just so."""
+        if self.rows and self.rows[0].position != position:
+            return 0
+        count = 0
+        for row, token in zip(self.rows, tokens, strict=False):
+            if row.token != token:
+                break
+            count += 1
+        return count
+
+    def keep(self, count: int) -> list[int]:
+        """Only the `count` oldest rows stay. Returns the slots of those that leave."""
+        left, self.rows = self.rows[count:], self.rows[:count]
+        return [row.slot for row in left]
+
+    def boarding(self, entry: int) -> tuple[int, int] | None:
+        """(position, token) that enters with the next pass, None if none does.
+
+        entry: loops that a row must have run before its readout is worth feeding.
+        """
+        if self.waiting is not None:
+            return self.waiting
+        if not self.rows:
+            return None
+        newest = self.rows[-1]
+        if newest.depth < entry or not newest.heard or newest.position + 1 >= self.end:
+            return None
+        token = newest.heard[-1]
+        return None if token in self.stops else (newest.position + 1, token)
+
+    def board(self, slot: int, position: int, token: int) -> Row:
+        """Enter what `boarding` named."""
+        row = Row(position, token, slot)
+        self.rows.append(row)
+        self.waiting = None
+        return row
+
+    def review(self) -> list[Row]:
+        """After a pass: where a row now proposes another token than its follower is, the followers leave.
+
+        Returns the rows that leave.
+        """
+        for index in range(max(self.held - 1, 0), len(self.rows) - 1):
+            heard = self.rows[index].heard
+            if heard and heard[-1] != self.rows[index + 1].token:
+                left, self.rows = self.rows[index + 1 :], self.rows[: index + 1]
+                return left
+        return []
+
+    def settled(self, most: int) -> list[int]:
+        """Tokens behind the oldest that the last loop decided and whose own row lacks one loop at most.
+
+        Their rows cost the next forward one pass or none. At most `most` of them.
+        """
+        tokens = []
+        for row in self.rows[1 : most + 1]:
+            if row.depth < self.loops - 1:
+                break
+            tokens.append(row.token)
+        return tokens
+
+    def guessed(self, most: int) -> list[int]:
+        """All tokens behind the oldest, decided or not: the drafts of textbook draft-then-verify."""
+        return [row.token for row in self.rows[1 : most + 1]]

@@ -1,0 +1,136 @@
+"""Runs the passes of `waves` on vLLM's model, KV cache and attention.
+
+Rows of every depth go through one attention call per layer: the KV groups of all loops share one pool of blocks, so a
+row's loop shows only in the block ids it is given (see `ouro_vllm.kv`). A row is a sequence of one query to the
+attention backend; a chunk is a sequence of many.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from ouro_vllm.wavefront.flight import Row
+from ouro_vllm.wavefront.waves import Chunk
+
+
+@dataclass
+class Step:
+    """What stays the same over all passes of an engine step.
+
+    tables: block ids [R, B, W], int32, of loop r + 1, batch row b, block w.
+    chunk_ids: token ids [C] of all chunks, in their order; chunk_hidden: their hidden states [C, D] after the last pass.
+    """
+
+    tables: torch.Tensor
+    chunk_ids: torch.Tensor | None = None
+    chunk_hidden: torch.Tensor | None = None
+
+
+class Passes:
+    """`waves.Machine` on vLLM.
+
+    embed: token ids [N] -> [N, D]. model: (positions [N], hidden [N, D], metadata, slots [N]) -> [N, D].
+    metadata: vLLM's CommonAttentionMetadata -> what the attention backend reads.
+    choose: (hidden [M, D], batch rows, positions of the tokens to be chosen, slots or None per row) -> tokens [M].
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        hidden_size: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        model: Callable[[torch.Tensor, torch.Tensor, CommonAttentionMetadata], torch.Tensor],
+        choose: Callable[[torch.Tensor, list[int], list[int], list[int | None]], list[int]],
+        loops: int,
+    ) -> None:
+        self.block_size, self.device, self.loops = block_size, device, loops
+        self.embed, self.model, self.choose = embed, model, choose
+        self.pool = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
+        self.step: Step | None = None
+
+    def run(
+        self, rows: Sequence[tuple[int, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int
+    ) -> list[int]:
+        """See `waves.Machine`. Hidden states of rows are read from and written to the pool at their slots."""
+        step = self.step
+        assert step is not None
+        plan = torch.tensor(
+            [
+                [index for index, _ in rows] + [chunk.index for chunk in chunks],
+                [row.depth for _, row in rows] + [loop - 1] * len(chunks),
+                [row.position + 1 for _, row in rows] + [chunk.start + chunk.tokens for chunk in chunks],
+                [row.slot for _, row in rows] + [0] * len(chunks),
+            ],
+            dtype=torch.int64,
+        )
+        longest = max(
+            max((row.position + 1 for _, row in rows), default=0),
+            max((chunk.start + chunk.tokens for chunk in chunks), default=0),
+        )
+        on_device = plan.to(self.device, non_blocking=True)
+        lane, depth, length, slots = on_device.unbind(0)
+        slots = slots[: len(rows)]
+
+        new = [(row.slot, row.token) for _, row in rows if row.depth == 0]
+        if new:
+            places = torch.tensor(new, dtype=torch.int64).to(self.device, non_blocking=True)
+            self.pool[places[:, 0]] = self.embed(places[:, 1])
+        hidden = self.pool[slots]
+        table = step.tables[depth, lane, : -(-longest // self.block_size)]
+
+        counts = [1] * len(rows) + [chunk.tokens for chunk in chunks]
+        if chunks:
+            if loop == 1:
+                step.chunk_hidden = self.embed(step.chunk_ids)
+            hidden = torch.cat([hidden, step.chunk_hidden])
+            many = torch.tensor(counts, dtype=torch.int64)
+            starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
+            starts[1:] = many.cumsum(0)
+            sequence = torch.repeat_interleave(torch.arange(len(counts)), many)
+            offset = torch.arange(int(starts[-1])) - starts[sequence]
+            positions = (plan[2] - many)[sequence] + offset
+            sequence, positions = sequence.to(self.device), positions.to(self.device)
+        else:
+            starts = torch.arange(len(rows) + 1, dtype=torch.int32)
+            positions, sequence = length - 1, None
+        block = positions // self.block_size
+        blocks = table.gather(1, block[:, None])[:, 0] if sequence is None else table[sequence, block]
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(self.device, non_blocking=True),
+            query_start_loc_cpu=starts,
+            seq_lens=length.to(torch.int32),
+            seq_lens_cpu_upper_bound=plan[2].to(torch.int32),
+            num_reqs=len(counts),
+            num_actual_tokens=positions.shape[0],
+            max_query_len=max(counts),
+            max_seq_len=longest,
+            block_table_tensor=table,
+            slot_mapping=blocks.to(torch.int64) * self.block_size + positions % self.block_size,
+            positions=positions,
+            is_prefilling=torch.tensor([count > 1 for count in counts]),
+        )
+        output = self.model(positions, hidden, common)
+        if rows:
+            self.pool[slots] = output[: len(rows)]
+        if chunks:
+            step.chunk_hidden = output[len(rows) :]
+        if not read:
+            return []
+        picked = [rows[number] for number in read]
+        seen = output if len(read) == output.shape[0] else output[torch.tensor(read).to(self.device)]
+        return self.choose(
+            seen,
+            [index for index, _ in picked],
+            [row.position + 1 for _, row in picked],
+            [row.slot if row.depth + 1 == self.loops else None for _, row in picked],
+        )
+
+    def kept(self, slots: Sequence[int]) -> torch.Tensor:
+        """Hidden states [len(slots), D] of rows."""
+        return self.pool[torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)]
+

@@ -1,0 +1,235 @@
+"""Passes over all requests of a batch: which rows run, in which order, and what is counted.
+
+Pure Python; tensors are behind `Machine`. A batch's requests share every pass, each at its own pace.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+from ouro_vllm.wavefront.flight import Flight, Row
+
+
+@dataclass(slots=True)
+class Lane:
+    """A request's place in the batch of this step.
+
+    index: its row in the batch's block tables.
+    flight: its rows under way.
+    speculates: False where only the tokens vLLM scheduled may run.
+    entry: loops before a readout is fed (see `Flight.boarding`).
+    """
+
+    index: int
+    flight: Flight
+    speculates: bool = True
+    entry: int = 1
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Positions of one request that run all loops in lockstep: prompts, recomputation, what matches nothing kept.
+
+    index: the request's row in the batch's block tables; start: first position; tokens: how many.
+    where: offset of the first of them among the step's scheduled tokens.
+    """
+
+    index: int
+    start: int
+    tokens: int
+    where: int
+
+
+class Machine(Protocol):
+    """What runs a pass."""
+
+    def run(
+        self, rows: Sequence[tuple[int, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int
+    ) -> list[int]:
+        """One pass: each (lane index, row) runs loop row.depth + 1, the chunks run `loop`.
+
+        Returns the readouts, as tokens, of the rows numbered in `read`.
+        """
+
+
+@dataclass
+class Counts:
+    """What happened since the last report. All are plain sums."""
+
+    passes: int = 0  # that had rows of flights in them
+    rows: int = 0
+    dropped: int = 0  # rows that left without being of use
+    lane_passes: int = 0  # the same, counted once per request that had rows in the pass
+    restarts: int = 0  # times that followers left because a deeper readout disagreed
+    finished: int = 0  # rows that ran all loops, after which their next token is known
+    agreed: list[int] = field(default_factory=list)  # of the finished: readout at loop r + 1 was that of the last loop
+    judged: list[int] = field(default_factory=list)  # of the finished: there was a readout at loop r + 1
+    settled: list[int] = field(default_factory=list)  # of the finished and read at every loop: settled by loop r + 1
+    shapes: list[tuple[int, float]] = field(default_factory=list)  # (rows in the pass, seconds it took)
+
+
+def slots_needed(loops: int, passes: int, requests: int) -> int:
+    """Hidden states to be kept: `Waves.most` rows per request, and one that waits to enter."""
+    return requests * (passes + loops + 1)
+
+
+class Waves:
+    """Flights of all requests and the passes that carry them."""
+
+    def __init__(self, loops: int, passes: int, requests: int, machine: Machine) -> None:
+        """loops: R. passes: most per burst. requests: most that are under way at once."""
+        self.loops, self.machine = loops, machine
+        self.most = passes + loops  # rows per flight: what a burst can settle, and what is in flight behind
+        self.flights: dict[str, Flight] = {}
+        self.free = list(range(slots_needed(loops, passes, requests)))
+        self.counts = self._fresh()
+
+    def _fresh(self) -> Counts:
+        return Counts(agreed=[0] * self.loops, judged=[0] * self.loops, settled=[0] * self.loops)
+
+    def report(self) -> Counts:
+        """What was counted since the last call."""
+        counts, self.counts = self.counts, self._fresh()
+        return counts
+
+    def flight(self, request: str) -> Flight:
+        """The request's flight, a new one if it has none."""
+        if request not in self.flights:
+            self.flights[request] = Flight(self.loops)
+        return self.flights[request]
+
+    def forget(self, request: str) -> None:
+        """The request is gone, or its blocks are."""
+        flight = self.flights.pop(request, None)
+        if flight:
+            self.free += flight.clear()
+
+    def restart(self, flight: Flight, position: int, token: int) -> None:
+        """The request's newest committed token."""
+        self.free += flight.restart(position, token)
+
+    def claim(self, flight: Flight, position: int, tokens: Sequence[int]) -> int:
+        """vLLM scheduled `tokens` from `position` on. Hold the rows that are these, let go of what contradicts them.
+
+        Returns how many of the tokens have rows; the last one always has, entering with the next pass if need be.
+        """
+        kept = flight.matching(position, tokens)
+        if kept < len(tokens) - 1:
+            kept = 0  # rows behind a gap would not be consecutive: compute all of it afresh
+        if kept < len(tokens):
+            self.free += flight.keep(kept)
+            flight.waiting = (position + len(tokens) - 1, tokens[-1])
+            kept += 1
+        flight.held = kept
+        return kept
+
+    def forward(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], follow: bool = True) -> int:
+        """Bring every held row to the last loop, and the chunks through all loops. Returns the passes it took.
+
+        Rows behind the held ones come along, and new ones enter, if `follow`.
+        """
+        needed = self.loops if chunks else 0
+        for lane in lanes:
+            flight = lane.flight
+            if flight.waiting is not None:
+                needed = self.loops
+            elif flight.held:
+                needed = max(needed, self.loops - flight.rows[flight.held - 1].depth)
+        for loop in range(1, needed + 1):
+            self._one(lanes, chunks, loop, follow)
+        return needed
+
+    def burst(self, lanes: Sequence[Lane], passes: int) -> int:
+        """Up to `passes` passes with no one waiting. Returns how many had anything to do."""
+        for lane in lanes:
+            lane.flight.held = 0
+        for number in range(passes):
+            if not self._one(lanes, (), 0, follow=True):
+                return number
+        return passes
+
+    def draft(self, lanes: Sequence[Lane], drafts: int) -> int:
+        """Textbook drafting: the newest row alone runs one loop, its readout enters, `drafts` times at most.
+
+        Returns the passes.
+        """
+        for number in range(drafts + 1):
+            rows = []
+            for lane in lanes:
+                flight = lane.flight
+                if len(flight.rows) <= drafts and (boarding := flight.boarding(1)):
+                    rows.append((lane, flight.board(self.free.pop(), *boarding)))
+            # The last draft needs no readout of its own: it is only fed when it is verified.
+            if not rows or number == drafts:
+                return number
+            self._run(rows, list(range(len(rows))), (), 0)
+        return drafts
+
+    def _one(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], loop: int, follow: bool) -> bool:
+        """One pass of everything that has loops to run. Returns whether there was anything."""
+        rows: list[tuple[Lane, Row]] = []
+        read: list[int] = []
+        for lane in lanes:
+            flight, entry, speculates = lane.flight, lane.entry, lane.speculates and follow
+            if flight.waiting is not None or speculates:
+                boarding = flight.boarding(entry)
+                if boarding and (flight.waiting is not None or len(flight.rows) < self.most):
+                    flight.board(self.free.pop(), *boarding)
+            last = len(flight.rows) - 1
+            for index, row in enumerate(flight.rows):
+                if row.depth == self.loops:
+                    continue
+                # A row once read is read to the end: what its loops said is then comparable.
+                if speculates and (index < last or row.depth + 1 >= entry or row.heard):
+                    read.append(len(rows))
+                rows.append((lane, row))
+        if not rows and not chunks:
+            return False
+        self._run(rows, read, chunks, loop)
+        for lane in lanes:
+            left = lane.flight.review()
+            if left:
+                self.counts.restarts += 1
+                self.counts.dropped += len(left)
+                self.free += [row.slot for row in left]
+        return True
+
+    def _run(
+        self, rows: Sequence[tuple[Lane, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int
+    ) -> None:
+        began = perf_counter()
+        readouts = self.machine.run([(lane.index, row) for lane, row in rows], read, chunks, loop)
+        if read and not chunks:  # a readout is what makes sure that the pass is over
+            self.counts.shapes.append((len(rows), perf_counter() - began))
+        for number, token in zip(read, readouts, strict=True):
+            rows[number][1].heard.append(token)
+        counts = self.counts
+        if rows:
+            counts.passes += 1
+            counts.rows += len(rows)
+            counts.lane_passes += len({lane.index for lane, _ in rows})
+        for _, row in rows:
+            row.depth += 1
+            if row.depth == self.loops:
+                self._finished(row.heard)
+
+    def _finished(self, heard: list[int]) -> None:
+        """heard: readouts of the row's last len(heard) loops."""
+        counts = self.counts
+        counts.finished += 1
+        if not heard:
+            return
+        first, final = self.loops - len(heard), heard[-1]
+        for offset, token in enumerate(heard):
+            counts.judged[first + offset] += 1
+            counts.agreed[first + offset] += token == final
+        if first == 0:
+            depth = self.loops - 1
+            while depth and heard[depth - 1] == final:
+                depth -= 1
+            counts.settled[depth] += 1
+
+    def drafts(self, lanes: Iterable[Lane], most: int) -> list[list[int]]:
+        """What may be proposed to vLLM, per lane: tokens that the last loop has decided."""
+        return [lane.flight.settled(most) if lane.speculates else [] for lane in lanes]
