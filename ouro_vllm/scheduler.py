@@ -7,7 +7,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.options import OuroOptions, speculates
-from ouro_vllm.wavefront.pacing import Pacer
+from ouro_vllm.wavefront.pacing import Pacer, StepReport
+from ouro_vllm.wavefront.waves import Counts
 
 logger = init_logger(f"vllm.{PLUGIN}.scheduler")
 
@@ -27,6 +28,7 @@ class OuroScheduler(Scheduler):
         if self.dynamic_sd_lookup is None:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         self.pacer = Pacer(options.max_loops, self.num_spec_tokens, options.entry_loop)
+        self.totals, self.steps = StepReport(Counts(), 0), 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with the pace attached."""
@@ -47,4 +49,7 @@ class OuroScheduler(Scheduler):
         report = getattr(model_runner_output, PLUGIN, None)
         if report is not None:
             self.pacer.learn(report)
+            self.totals.counts.add(report.counts)
+            self.totals.committed += report.committed
+            self.steps += 1
         return super().update_from_output(scheduler_output, model_runner_output)

@@ -66,7 +66,18 @@ class Counts:
     agreed: list[int] = field(default_factory=list)  # of the finished: readout at loop r + 1 was that of the last loop
     judged: list[int] = field(default_factory=list)  # of the finished: there was a readout at loop r + 1
     settled: list[int] = field(default_factory=list)  # of the finished and read at every loop: settled by loop r + 1
-    shapes: list[tuple[int, float]] = field(default_factory=list)  # (rows in the pass, seconds it took)
+    seconds: float = 0.0  # in passes
+    shapes: list[tuple[int, float]] = field(default_factory=list)  # (rows, seconds) of passes without chunks
+
+    def add(self, other: "Counts") -> None:
+        """Take in another's sums; its single passes (`shapes`) are not kept."""
+        for name in ("passes", "rows", "dropped", "lane_passes", "restarts", "finished", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("agreed", "judged", "settled"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            mine += [0] * (len(theirs) - len(mine))
+            for loop, count in enumerate(theirs):
+                mine[loop] += count
 
 
 def slots_needed(loops: int, passes: int, requests: int) -> int:
@@ -200,8 +211,10 @@ class Waves:
     ) -> None:
         began = perf_counter()
         readouts = self.machine.run([(lane.index, row) for lane, row in rows], read, chunks, loop)
+        seconds = perf_counter() - began
+        self.counts.seconds += seconds
         if read and not chunks:  # a readout is what makes sure that the pass is over
-            self.counts.shapes.append((len(rows), perf_counter() - began))
+            self.counts.shapes.append((len(rows), seconds))
         for number, token in zip(read, readouts, strict=True):
             rows[number][1].heard.append(token)
         counts = self.counts
