@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ouro_vllm import __version__
+from ouro_vllm.bench.modes import BASE, MODES
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "examples" / "ouro-tiny"
 
@@ -138,30 +139,82 @@ def run_widen(args: argparse.Namespace) -> int:
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("bench", help="speed of plain decoding, modes against each other on this machine")
-    command.add_argument("model", nargs="?", default=str(BUNDLED_MODEL), help="folder or name (default: %(default)s)")
+    command = commands.add_parser(
+        "bench",
+        help="speed of the ways of decoding, against each other on this machine",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="modes:\n" + "".join(f"  {mode}: {what}\n" for mode, what in MODES.items()),
+    )
+    command.add_argument("folder", nargs="?", metavar="MODEL", help="the same as --model MODEL")
+    command.add_argument("--model", help=f"folder or name (default: {BUNDLED_MODEL})")
     command.add_argument("--prompts", type=Path, help="JSON list of texts (default: the model's prompts.json)")
-    command.add_argument("--batch", type=numbers, default=[1, 8], help="requests at once, as in 1,8 (the default)")
-    command.add_argument("--rounds", type=int, default=5, help="measurements per mode and batch (default: %(default)s)")
-    command.add_argument("--tokens", type=int, default=64, help="tokens per answer (default: %(default)s)")
+    command.add_argument(
+        "--modes",
+        type=modes,
+        default=["plain", "draft-verify", "wavefront"],
+        help="ways to compare (default: plain,draft-verify,wavefront); plain must be among them",
+    )
+    command.add_argument("--batch", type=batches, default=[1, 2, 4, 8], help="requests at once (default: 1,2,4,8)")
+    for name, default, what in (
+        ("--rounds", 5, "measurements per mode and batch, after one that warms up"),
+        ("--tokens", 128, "tokens per answer"),
+        ("--turns", 4, "requests per place in the batch, 6 at least in all"),
+        ("--passes", 8, "passes per engine step of the wavefront"),
+        ("--drafts", 3, "drafts per verification of draft-verify"),
+        ("--flat-rows", 64, "rows up to which a pass costs the same, in the projection"),
+    ):
+        command.add_argument(name, type=positive, default=default, help=f"{what} (default: %(default)s)")
+    command.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the model")
+    command.add_argument("--sampled", action="store_true", help="all of it once more at temperature 0.7")
     command.add_argument("--json", type=Path, help="file for every single measurement")
+    command.add_argument("--png", type=Path, help="file for a plot; needs the extra `bench`")
     command.add_argument("--readme", type=Path, help="file that takes the table between its marks")
+    command.add_argument("--mark", default="bench", help="they are <!-- MARK --> and <!-- /MARK --> (default: bench)")
+    command.add_argument(
+        "--from", dest="source", type=Path, help="report what an earlier --json holds, measure nothing"
+    )
     command.set_defaults(run=run_bench, hands_on=False)
 
 
-def numbers(text: str) -> list[int]:
-    """`1,8` -> [1, 8]. Raises ValueError, which argparse reports, on anything that is no positive number."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise ValueError(text)
-    return values
+def positive(text: str) -> int:
+    """`8` -> 8. Raises what argparse reports on anything but a whole number from 1 on."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def batches(text: str) -> list[int]:
+    """`8,1` -> [1, 8]. Raises what argparse reports where `positive` does."""
+    return sorted({positive(part) for part in text.split(",")})
+
+
+def modes(text: str) -> list[str]:
+    """`plain,wavefront` -> both. Raises what argparse reports on unknown modes and where plain is missing."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    for mode in chosen:
+        if mode not in MODES:
+            raise argparse.ArgumentTypeError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    if BASE not in chosen:
+        raise argparse.ArgumentTypeError(f"{BASE} is missing: everything is compared with it")
+    return chosen
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from ouro_vllm import bench
+    from ouro_vllm.bench import run
 
-    options = bench.Options(args.batch, args.rounds, args.tokens)
-    return bench.main(args.model, args.prompts, options, args.json, args.readme)
+    if args.folder and args.model:
+        print("Name the model once: as the argument or with --model.", file=sys.stderr)
+        return 1
+    results = run.Results(args.json, args.png, args.readme, args.mark)
+    if args.source is not None:
+        return run.redraw(args.source, args.flat_rows, results)
+    plan = run.Plan(
+        model=args.model or args.folder or str(BUNDLED_MODEL),
+        batches=args.batch,
+        **{name: getattr(args, name) for name in ("prompts", "modes", "rounds", "tokens", "turns", "passes", "drafts")},
+        **{name: getattr(args, name) for name in ("dtype", "sampled", "flat_rows")},
+    )
+    return run.main(plan, results)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ READS = {
     "vllm.platforms.interface.Platform": "device_type get_device_name import_kernels is_cpu",
     "vllm.utils.cpu_resource_utils.LogicalCPUInfo": "numa_node",
     "vllm.utils.cpu_resource_utils.MemoryNodeInfo": "available_memory total_memory",
+    "vllm.v1.engine.core.EngineCore": "model_executor post_step scheduler",
+    "vllm.v1.engine.core_client.InprocClient": "engine_core",
+    "vllm.v1.engine.llm_engine.LLMEngine": "add_request engine_core step",
+    "vllm.v1.executor.uniproc_executor.UniProcExecutor": "driver_worker",
 }
 # What vLLM calls on classes of the plugin that do not derive from these.
 STANDS_FOR = {

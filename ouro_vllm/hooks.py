@@ -1,14 +1,15 @@
 """How vLLM learns of Ouro: registrations, and the check of a server's setup before anything is loaded.
 
-Only extension points: `ModelRegistry`, `MODELS_CONFIG_MAP`, the tokenizer and renderer registries, `AutoConfig`.
+Extension points: `ModelRegistry`, `MODELS_CONFIG_MAP`, the tokenizer and renderer registries, `AutoConfig`. What has
+none is in `patches`.
 """
 
 import os
 from typing import TYPE_CHECKING
 
 from ouro_vllm import config as ouro_config
+from ouro_vllm import patches, speculation
 from ouro_vllm.names import ARCHITECTURE, MODEL_TYPE, OLDEST_VLLM, TOKENIZER_MODE
-from ouro_vllm import speculation
 from ouro_vllm.options import OuroOptions
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def install() -> None:
     ModelRegistry.register_model(ARCHITECTURE, "ouro_vllm.model:OuroForCausalLM")
     TokenizerRegistry.register(TOKENIZER_MODE, "ouro_vllm.tokenizer", "OuroTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
+    patches.validate_requests()
+    patches.carry_metrics()
     MODELS_CONFIG_MAP[ARCHITECTURE] = OuroServerCheck
 
 

@@ -60,10 +60,10 @@ def groups_by_loop(kv_cache_config: KVCacheConfig, names: Sequence[Sequence[str]
         found += ids
         if len(ids) != 1:
             raise RuntimeError(
-                f"vLLM made no KV group of its own for the loop with layer {wanted[0]}. Self-speculation needs one group "
-                "per loop; is --disable-hybrid-kv-cache-manager set? Start without it, or without --speculative-config."
+                f"vLLM made no KV group of its own for the loop with layer {wanted[0]}. Self-speculation needs one "
+                "per loop. Start without --disable-hybrid-kv-cache-manager, or without --speculative-config."
             )
     for same in zip(*names, strict=True):
         if len({layers[name].kv_cache.data_ptr() for name in same}) != 1:
-            raise RuntimeError(f"{same[0]} and {same[-1]} have separate cache tensors; self-speculation needs one pool.")
+            raise RuntimeError(f"{same[0]} and {same[-1]} have separate caches; self-speculation needs one pool.")
     return found

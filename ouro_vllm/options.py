@@ -1,4 +1,4 @@
-"""The server's options: `--additional-config '{"ouro": {...}}'`, parsed here and nowhere else.
+"""Options of a server (`--additional-config '{"ouro": {...}}'`) and of a request (`vllm_xargs`), parsed only here.
 
 Pure Python: imports neither torch nor vLLM.
 """
@@ -13,7 +13,6 @@ from ouro_vllm.names import PLUGIN
 
 MOST_LOOPS = 16
 SPECULATION = ("wavefront", "draft-verify")
-SPECULATE = "ouro_speculate"  # in a request's vllm_xargs: 0 switches drafting off for it
 
 
 class OptionError(ValueError):
@@ -48,10 +47,7 @@ class OuroOptions:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1)
-                hint = f" Did you mean `{close[0]}`?" if close else ""
-                allowed = ", ".join(f"`{n}`" for n in names)
-                raise OptionError(f"--additional-config: unknown option `{PLUGIN}.{name}`.{hint} Allowed: {allowed}.")
+                raise OptionError(f"--additional-config: unknown option `{PLUGIN}.{name}`.{_close(name, names)}")
         if "max_loops" not in given and total_ut_steps > MOST_LOOPS:
             raise OptionError(
                 f"config.json: `total_ut_steps` is {total_ut_steps}, and a server runs at most {MOST_LOOPS} loops. "
@@ -72,13 +68,40 @@ class OuroOptions:
         return cls(max_loops=loops, fix_special_tokens=fix, speculation=speculation, entry_loop=entry)
 
 
+@dataclass(frozen=True)
+class RequestOptions:
+    """Options of one request: `vllm_xargs` in the HTTP API, `SamplingParams.extra_args` in Python.
+
+    ouro_speculate: whether its tokens are drafted, 1 or 0.
+    """
+
+    ouro_speculate: int = 1
+
+    @classmethod
+    def parse(cls, extra_args: Any) -> "RequestOptions":
+        """Read the options whose names begin with `ouro_`; others are not ours.
+
+        Raises:
+            OptionError: an unknown one, a wrong type or a value out of range.
+        """
+        given = {name: value for name, value in (extra_args or {}).items() if str(name).startswith(f"{PLUGIN}_")}
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                raise OptionError(f"vllm_xargs: unknown option `{name}`.{_close(name, names)}")
+        speculate = given.get("ouro_speculate", 1)
+        if speculate not in (0, 1) or not isinstance(speculate, int):
+            raise OptionError(f"vllm_xargs: `ouro_speculate` is {speculate!r}; it must be 0 or 1.")
+        return cls(ouro_speculate=int(speculate))
+
+
 def speculates(params: Any) -> bool:
     """Whether a request with these sampling parameters (vLLM's SamplingParams) is drafted for.
 
-    Not if it says so, and not where early readouts cannot know what vLLM's sampler will do to the last one: grammars and
-    whatever depends on the tokens before.
+    Not if it says so, and not where early readouts cannot know what vLLM's sampler will do to the last one: grammars
+    and whatever depends on the tokens before.
     """
-    return bool((params.extra_args or {}).get(SPECULATE, 1)) and not (
+    return bool((params.extra_args or {}).get("ouro_speculate", 1)) and not (
         params.structured_outputs is not None
         or params.bad_words
         or params.allowed_token_ids
@@ -87,6 +110,12 @@ def speculates(params: Any) -> bool:
         or params.repetition_penalty != 1.0
         or params.thinking_token_budget is not None
     )
+
+
+def _close(name: Any, names: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean `{close[0]}`?" if close else ""
+    return f"{hint} Allowed: {', '.join(f'`{n}`' for n in names)}."
 
 
 def _wrong(name: str, value: Any, allowed: str) -> str:

@@ -11,6 +11,7 @@ The burst of passes that drafts runs in `take_draft_token_ids`, which the engine
 on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token_ids`, before.
 """
 
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,12 +28,15 @@ from ouro_vllm.kv import groups_by_loop
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.noise import key
 from ouro_vllm.options import OuroOptions, speculates
-from ouro_vllm.wavefront.flight import Flight
+from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.pacing import Pace, StepReport
 from ouro_vllm.wavefront.tensors import Passes, Step
 from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
 
 logger = init_logger(f"vllm.{PLUGIN}.runner")
+
+MOST_TIMED = 64  # rows in the largest pass timed at the start
+TIMED = 4  # passes per size, the first of which does not count
 
 
 class KeyedDraws:
@@ -67,6 +71,9 @@ class KeyedDraws:
                 if request in batch.random_reqs:
                     # The last token of the step is drawn first (RejectionSampler.forward): its position is the key's.
                     batch.generators[index] = self.generator(request, ends[index])
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            # One token per request, as without speculation; the rejection sampler's top-k fails on no drafts at all.
+            spec_decode_metadata = None
         try:
             return super()._sample(logits, spec_decode_metadata)
         finally:
@@ -122,6 +129,28 @@ class SelfSpeculation(KeyedDraws):
             loops=self._loops,
         )
         self._waves = Waves(self._loops, self._burst, requests, machine)
+
+    @torch.inference_mode()
+    def time_passes(self) -> None:
+        """Before the first request: what passes of 1, 2, 4, ... rows cost, for the pace to start with.
+
+        The rows are of no request; they stand in vLLM's null block. Every rank runs the same passes.
+        """
+        assert self._waves is not None
+        lanes = self.scheduler_config.max_num_seqs
+        sizes = [1 << power for power in range(MOST_TIMED.bit_length())]
+        machine: Passes = self._waves.machine
+        for size in sizes:
+            if size > lanes * self._loops:
+                break
+            rows = [(0, Row(0, 0, slot)) for slot in range(size)]
+            for number in range(TIMED):
+                machine.step = Step(torch.zeros(self._loops, 1, 1, dtype=torch.int32, device=self.device))
+                began = perf_counter()
+                machine.run(rows, [], (), 0)
+                self.model.compute_logits(machine.kept([row.slot for _, row in rows])).argmax(-1).tolist()
+                if number:  # the first of a size may compile or allocate
+                    self._waves.counts.shapes.append((size, perf_counter() - began))
 
     # Requests come, wait and go.
 
@@ -227,9 +256,7 @@ class SelfSpeculation(KeyedDraws):
         width = max(int(table.num_blocks_per_row[:requests].max()) for table in tables)
         return torch.stack([table.get_device_tensor(requests)[:, :width] for table in tables])
 
-    def _one_pass(
-        self, positions: torch.Tensor, hidden: torch.Tensor, common: CommonAttentionMetadata
-    ) -> torch.Tensor:
+    def _one_pass(self, positions: torch.Tensor, hidden: torch.Tensor, common: CommonAttentionMetadata) -> torch.Tensor:
         """One pass of rows of any depth: positions [N], hidden [N, D] -> [N, D], valid until the next pass."""
         rows = positions.shape[0]
         mode, batch = self.cudagraph_dispatcher.dispatch(num_tokens=rows, invalid_modes={CUDAGraphMode.FULL})
@@ -286,7 +313,7 @@ class SelfSpeculation(KeyedDraws):
         return tokens.tolist()
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
-        """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one is missing."""
+        """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one lacks."""
         batch = self.input_batch
         if not batch.random_reqs or self._textbook:
             return None
@@ -359,6 +386,7 @@ class SelfSpeculation(KeyedDraws):
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)
         if self._waves:
-            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed))
+            in_flight = sum(len(flight.rows) for flight in self._waves.flights.values())
+            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight))
             self._committed = 0
         return output

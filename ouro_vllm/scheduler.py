@@ -1,10 +1,12 @@
 """The scheduler under self-speculation: slots for rows that run ahead, and one place where the pace is decided."""
 
+from time import monotonic
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.options import OuroOptions, speculates
 from ouro_vllm.wavefront.pacing import Pacer, StepReport
@@ -12,15 +14,15 @@ from ouro_vllm.wavefront.waves import Counts
 
 logger = init_logger(f"vllm.{PLUGIN}.scheduler")
 
+LOG_SECONDS = 10.0  # vLLM's own interval between lines of statistics
+
 
 class OuroScheduler(Scheduler):
-    """vLLM's scheduler. Overridden: `__init__`, `schedule`, `update_from_output`."""
+    """vLLM's scheduler. Overridden: `__init__`, `schedule`, `update_from_output`, `make_stats`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        options = OuroOptions.parse(
-            vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps
-        )
+        options = OuroOptions.parse(vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps)
         # Rows run ahead of what is scheduled by the passes of a burst and by what is in flight behind them.
         self.num_lookahead_tokens = self.num_spec_tokens + options.max_loops - 1
         # vLLM pads a request that needs one token to 1 + k rows of token -1, for CUDA graphs of uniform steps. There
@@ -29,12 +31,14 @@ class OuroScheduler(Scheduler):
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         self.pacer = Pacer(options.max_loops, self.num_spec_tokens, options.entry_loop)
         self.totals, self.steps = StepReport(Counts(), 0), 0
+        self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
+        self.latest: dict[str, Any] | None = None
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with the pace attached."""
         output = super().schedule(*args, **kwargs)
         decoding, hurry = 0, False
-        for request_id, tokens in output.num_scheduled_tokens.items():
+        for request_id in output.num_scheduled_tokens:
             request = self.requests[request_id]
             if request.num_computed_tokens < request.num_tokens:  # more of the prompt to come
                 hurry = True
@@ -49,7 +53,24 @@ class OuroScheduler(Scheduler):
         report = getattr(model_runner_output, PLUGIN, None)
         if report is not None:
             self.pacer.learn(report)
-            self.totals.counts.add(report.counts)
-            self.totals.committed += report.committed
             self.steps += 1
+            for sums in (self.totals, self.unlogged):
+                sums.add(report)
+            self.latest = carried(report.counts, report.committed, report.in_flight, self.pacer.entry)
+            self._log()
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does, with this step's figures on board (see `patches.carry_metrics`)."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self.latest is not None:
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PLUGIN: self.latest}
+            self.latest = None
+        return stats
+
+    def _log(self) -> None:
+        now = monotonic()
+        if now - self.logged >= LOG_SECONDS and self.unlogged.committed:
+            if self.log_stats:
+                logger.info(summary(self.unlogged.counts, self.unlogged.committed, self.pacer.entry))
+            self.unlogged, self.logged = StepReport(Counts(), 0), now

@@ -1,7 +1,4 @@
-"""A server as a child process: started, waited for, asked, and stopped whatever happens. Pure Python.
-
-What `ouro-vllm demo` and `ouro-vllm bench` share.
-"""
+"""A server as a child process: started, waited for, asked, and stopped whatever happens. Pure Python."""
 
 import contextlib
 import http.client
@@ -111,15 +108,6 @@ class Server:
             while time.monotonic() < deadline:
                 os.killpg(self.process.pid, 0)
                 time.sleep(0.05)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For the body, the server and all its children stand still: an idle one still polls, and takes a core."""
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.killpg(self.process.pid, signal.SIGCONT)
 
     def last_lines(self, count: int = LOG_LINES) -> str:
         """The end of the log."""

@@ -12,7 +12,7 @@ MOST_PASSES = 128  # vLLM's rejection sampler takes no more drafts per step (MAX
 
 
 def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
-    """Raises ValueError, naming the setting and the mend, where `--speculative-config` cannot work for an Ouro model."""
+    """Raises ValueError, naming setting and mend, where `--speculative-config` cannot work for an Ouro model."""
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     loops = OuroOptions.parse(
         vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ouro_vllm.patches import expand_on_cpu
 from ouro_vllm.runner import KeyedDraws, SelfSpeculation
 
 
@@ -16,6 +17,7 @@ def install_runner(worker: Any) -> None:
     mixin = SelfSpeculation if speculative else KeyedDraws
     runner.__class__ = type(f"Ouro{type(runner).__name__}", (mixin, type(runner)), {})
     if speculative:
+        expand_on_cpu()
         runner.start_speculation()
     else:
         runner.start_draws()
@@ -27,7 +29,14 @@ def _worker(base: type) -> type:
         if not self.use_v2_model_runner:
             install_runner(self)
 
-    return type("OuroWorker", (base,), {"init_device": init_device, "__module__": __name__})
+    def compile_or_warm_up_model(self: Any) -> Any:
+        times = base.compile_or_warm_up_model(self)
+        if isinstance(self.model_runner, SelfSpeculation):
+            self.model_runner.time_passes()
+        return times
+
+    methods = {"init_device": init_device, "compile_or_warm_up_model": compile_or_warm_up_model}
+    return type("OuroWorker", (base,), {**methods, "__module__": __name__})
 
 
 def __getattr__(name: str) -> type:

@@ -4,7 +4,7 @@ Pure Python. Words as in arXiv 2609.23033 and 2609.17184: a row is one position 
 of the flight one loop deeper, so that a row enters at the back while the oldest reaches the last loop. A readout is the
 token that a row's hidden state proposes for the next position.
 
-What keeps this exact. A row at position i reads, at loop r, the keys and values that positions before i wrote at loop r.
+What keeps this exact. A row at position i reads, at loop r, keys and values that positions before i wrote at loop r.
 Rows of a flight stand at consecutive positions, and of two neighbours the older is at least one loop further (or both
 run the same loop in the same pass, each layer writing before it reads). So whatever a row reads was written in an
 earlier pass or in this one, by the token that stands there now: when a token is replaced, it and all after it leave the

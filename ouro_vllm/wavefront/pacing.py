@@ -1,19 +1,22 @@
 """How eager the wavefront is, chosen from measured figures.
 
-The choice is `entry`: how many loops a row must have run before its readout is fed. 1 commits most per pass and runs the
-most rows; R feeds only decided tokens, which is plain decoding with the passes of several tokens in one engine step.
+The choice is `entry`: how many loops a row must have run before its readout is fed. 1 commits most per pass and runs
+the most rows; R feeds only decided tokens, which is plain decoding with the passes of several tokens in one engine step.
 Rows are nearly free while a pass is bound by reading weights and cost time in proportion once it is bound by computing,
 so the best choice depends on the machine, the model and the batch. Pure Python.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 
 from ouro_vllm.wavefront.waves import Counts
 
-MEMORY = 0.98  # weight of the past, per observation, in running means of pass times
+LATEST = 31  # passes that a median is taken over
 TOKENS = 2000.0  # finished rows that the agreement is averaged over
 PRIOR = 16.0  # weight, in rows, of the agreement assumed before any was seen
 GAIN = 0.03  # another entry must promise this much before it is chosen
+LOOK = 64  # steps between looks at how another entry does
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,17 @@ class Pace:
 
 @dataclass
 class StepReport:
-    """What a step reports back. committed: tokens that vLLM's sampler decided in it."""
+    """What a step reports back. committed: tokens that vLLM's sampler decided in it. in_flight: rows kept after it."""
 
     counts: Counts
     committed: int
+    in_flight: int = 0
+
+    def add(self, other: "StepReport") -> None:
+        """Take in another's sums."""
+        self.counts.add(other.counts)
+        self.committed += other.committed
+        self.in_flight = other.in_flight
 
 
 def passes_per_token(settled: list[float], entry: int) -> float:
@@ -48,31 +58,47 @@ def rows_per_token(settled: list[float], entry: int) -> float:
     return len(settled) + wasted
 
 
+def bucket(rows: int) -> int:
+    """Rows, rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on: passes that are told apart by what they cost."""
+    size = 1 << max(0, rows - 1).bit_length()
+    return size * 3 // 4 if size >= 4 and rows <= size * 3 // 4 else size
+
+
 class PassCost:
-    """Seconds that a pass of n rows takes: running means, and straight lines between them."""
+    """Seconds that a pass of n rows takes: medians of the latest passes of about n rows, straight lines between."""
 
     def __init__(self) -> None:
-        self.means: dict[int, float] = {}
+        self.latest: dict[int, deque[float]] = {}
+        self.points: list[tuple[int, float]] = []
 
     def learn(self, rows: int, seconds: float) -> None:
-        """One pass. A single outlier counts for no more than twice the mean."""
-        mean = self.means.get(rows)
-        self.means[rows] = seconds if mean is None else MEMORY * mean + (1 - MEMORY) * min(seconds, 2 * mean)
+        """One pass."""
+        self.latest.setdefault(bucket(rows), deque(maxlen=LATEST)).append(seconds)
+        self.points = []
+
+    def _fit(self) -> list[tuple[int, float]]:
+        """(rows, seconds) by rising rows. More rows never take less time: what says so is noise, and is averaged."""
+        pooled: list[list[float]] = []  # [rows of the last one pooled, their mean seconds, how many]
+        for rows, seconds in sorted((rows, median(latest)) for rows, latest in self.latest.items()):
+            pooled.append([rows, seconds, 1])
+            while len(pooled) > 1 and pooled[-2][1] > pooled[-1][1]:
+                (_, t0, n0), (rows1, t1, n1) = pooled[-2:]
+                pooled[-2:] = [[rows1, (t0 * n0 + t1 * n1) / (n0 + n1), n0 + n1]]
+        return [(int(rows), seconds) for rows, seconds, _ in pooled]
 
     def of(self, rows: float) -> float:
-        """Seconds for `rows`, never fewer than for less rows; 0 while nothing is known."""
-        known = sorted(self.means.items())
-        if not known:
+        """Seconds for `rows`; 0 while nothing is known. Beyond the largest pass seen time grows with the rows."""
+        if not self.points:
+            self.points = self._fit()
+        if not self.points:
             return 0.0
-        below = [point for point in known if point[0] <= rows]
-        above = [point for point in known if point[0] > rows]
-        if not below:
-            return above[0][1]
-        if not above:
-            (n, t) = below[-1]
-            return t * max(1.0, rows / n) if n >= 16 else t
-        (n0, t0), (n1, t1) = below[-1], above[0]
-        return t0 + max(0.0, t1 - t0) * (rows - n0) / (n1 - n0)
+        before = (0, self.points[0][1])
+        for point in self.points:
+            if rows <= point[0]:
+                (n0, t0), (n1, t1) = before, point
+                return t0 + (t1 - t0) * (rows - n0) / (n1 - n0)
+            before = point
+        return before[1] * rows / before[0]
 
 
 @dataclass
@@ -91,6 +117,7 @@ class Pacer:
         weights = [1.0 / (loop + 1) ** 2 for loop in range(self.loops)]
         self.settled = [PRIOR * weight / sum(weights) for weight in weights]
         self.entry = self.fixed or 1
+        self.steps = 0
 
     def learn(self, report: StepReport) -> None:
         """Take in what one step measured."""
@@ -116,9 +143,16 @@ class Pacer:
 
     def decide(self, lanes: int, hurry: bool) -> Pace:
         """lanes: requests that decode. hurry: someone waits for the next step, so no burst may come before it."""
-        if self.fixed is None and lanes:
-            times = {entry: self.seconds_per_token(entry, lanes) for entry in range(1, self.loops + 1)}
-            best = min(times, key=times.__getitem__)
-            if times[best] < (1 - GAIN) * times[self.entry]:
-                self.entry = best
-        return Pace(self.entry, 0 if hurry else self.passes)
+        if self.fixed is not None or not lanes:
+            return Pace(self.entry, 0 if hurry else self.passes)
+        times = {entry: self.seconds_per_token(entry, lanes) for entry in range(1, self.loops + 1)}
+        best = min(times, key=times.__getitem__)
+        if times[best] < (1 - GAIN) * times[self.entry]:
+            self.entry = best
+        self.steps += 1
+        entry = self.entry
+        if self.steps % LOOK == 0:
+            # Agreement is only heard of where every readout is fed; what other entries' passes cost, where they run.
+            others = [1, min(entry + 1, self.loops), max(entry - 1, 1)]
+            entry = others[self.steps // LOOK % len(others)]
+        return Pace(entry, 0 if hurry else self.passes)

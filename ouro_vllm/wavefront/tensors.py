@@ -20,7 +20,7 @@ class Step:
     """What stays the same over all passes of an engine step.
 
     tables: block ids [R, B, W], int32, of loop r + 1, batch row b, block w.
-    chunk_ids: token ids [C] of all chunks, in their order; chunk_hidden: their hidden states [C, D] after the last pass.
+    chunk_ids: token ids [C] of all chunks, in their order; chunk_hidden: their hidden states [C, D] after a pass.
     """
 
     tables: torch.Tensor
@@ -133,4 +133,3 @@ class Passes:
     def kept(self, slots: Sequence[int]) -> torch.Tensor:
         """Hidden states [len(slots), D] of rows."""
         return self.pool[torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)]
-

@@ -206,9 +206,7 @@ class Waves:
                 self.free += [row.slot for row in left]
         return True
 
-    def _run(
-        self, rows: Sequence[tuple[Lane, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int
-    ) -> None:
+    def _run(self, rows: Sequence[tuple[Lane, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int) -> None:
         began = perf_counter()
         readouts = self.machine.run([(lane.index, row) for lane, row in rows], read, chunks, loop)
         seconds = perf_counter() - began

@@ -1,0 +1,91 @@
+"""The patches of vLLM: all there are, each with its reason and the versions it was checked against.
+
+A patched function that vLLM no longer has is found when the plugin is loaded or the worker made, not at a request.
+"""
+
+import functools
+from typing import Any
+
+from ouro_vllm.names import ARCHITECTURE, PLUGIN
+
+
+def validate_requests() -> None:
+    """`InputProcessor._validate_params` also checks `ouro_*` in `extra_args`.
+
+    Reason: vLLM hands `vllm_xargs` on unread, so that a wrong value would first be seen in a worker, where it can only
+    end the engine. Here it is an HTTP 400 for the one request. Checked: vLLM 0.32, 0.33.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from ouro_vllm.options import OptionError, RequestOptions
+
+    original = InputProcessor._validate_params
+    if hasattr(original, PLUGIN):
+        return
+
+    @functools.wraps(original)
+    def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if ARCHITECTURE in self.model_config.architectures:
+            try:
+                RequestOptions.parse(getattr(params, "extra_args", None))
+            except OptionError as error:
+                raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        return original(self, params, *args, **kwargs)
+
+    setattr(validate, PLUGIN, True)
+    InputProcessor._validate_params = validate
+
+
+def carry_metrics() -> None:
+    """`StatLoggerManager.record` hands our part of the scheduler's figures to our metrics.
+
+    Reason: no field for a plugin's figures reaches the process that serves /metrics. They travel as an entry of
+    `SchedulerStats.kv_connector_stats`, the one free dictionary on that way (KV connectors are refused for Ouro, so it
+    is empty otherwise), and are taken out before vLLM's own loggers look at it. Checked: vLLM 0.32, 0.33.
+    """
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    original = StatLoggerManager.record
+    if hasattr(original, PLUGIN):
+        return
+
+    @functools.wraps(original)
+    def record(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        carried = getattr(scheduler_stats, "kv_connector_stats", None)
+        if carried and PLUGIN in carried:
+            from ouro_vllm.metrics import exported
+
+            exported().observe(carried.pop(PLUGIN), kwargs.get("engine_idx") or 0)
+            scheduler_stats.kv_connector_stats = carried or None
+        return original(self, scheduler_stats, *args, **kwargs)
+
+    setattr(record, PLUGIN, True)
+    StatLoggerManager.record = record
+
+
+def expand_on_cpu() -> None:
+    """`rejection_sampler.expand_batch_to_tokens` does on the CPU what its docstring says.
+
+    Reason: its CPU kernel is given int64 copies of temperatures, top-k and top-p and of the result, which is never
+    copied back (vllm/utils/cpu_triton_utils.py, `_expand_kernel_impl`): sampled requests under any speculation are
+    judged with whatever is in memory. Greedy requests are not concerned. Checked: vLLM 0.32, 0.33.
+    """
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    original = rejection_sampler.expand_batch_to_tokens
+    if hasattr(original, PLUGIN):
+        return
+
+    @functools.wraps(original)
+    def expand(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        return torch.where(x == replace_from, replace_to, x).repeat_interleave(counts, output_size=num_tokens)
+
+    setattr(expand, PLUGIN, True)
+    rejection_sampler.expand_batch_to_tokens = expand
