@@ -12,6 +12,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
+SPECULATION ?= {"method": "custom_class", "model": "ouro_vllm.SelfSpeculator", "num_speculative_tokens": 8}
 QUESTION := {"model": "$(NAME)", "prompt": "def read_config(filename, encoding=None):\n", "max_tokens": 64, "temperature": 0}
 
 .DEFAULT_GOAL := help
@@ -26,12 +27,13 @@ help: ## list the targets
 install: $(STAMP) ## make .venv with vLLM for this machine and ouro-vllm (DEVICE=cpu or cuda overrides the choice)
 	@echo "==> install: vLLM for $(DEVICE) and ouro-vllm are in $(VENV)"
 
-serve: $(STAMP) ## serve MODEL on PORT under the name NAME until Ctrl-C
+serve: $(STAMP) ## serve MODEL on PORT under the name NAME until Ctrl-C, early loops drafting
 	@echo "==> serve: $(MODEL) on port $(PORT). Once it says 'Application startup complete', try:"
 	@printf "curl -s http://localhost:$(PORT)/v1/completions -H 'Content-Type: application/json' -d '%s'\n" '$(QUESTION)'
-	@$(BIN)/ouro-vllm serve "$(MODEL)" --port $(PORT) --served-model-name "$(NAME)" $(ARGS)
+	@$(BIN)/ouro-vllm serve "$(MODEL)" --port $(PORT) --served-model-name "$(NAME)" \
+	  --speculative-config '$(SPECULATION)' $(ARGS)
 
-demo: $(STAMP) ## start a server on a free port, ask it two things, stop it
+demo: $(STAMP) ## start a server on a free port, ask it two things, measure the gain from drafting, stop it
 	@echo "==> demo: start a server for $(MODEL), ask it two things, stop it"
 	@$(BIN)/ouro-vllm demo "$(MODEL)" -- $(ARGS)
 

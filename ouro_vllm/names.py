@@ -5,3 +5,5 @@ MODEL_TYPE = "ouro"  # of config.json
 ARCHITECTURE = "OuroForCausalLM"
 TOKENIZER_MODE = "ouro"
 OLDEST_VLLM = (0, 32)
+SPECULATOR = "ouro_vllm.SelfSpeculator"
+SPECULATIVE_CONFIG = '{"method": "custom_class", "model": "%s", "num_speculative_tokens": 8}' % SPECULATOR

@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from ouro_vllm.names import SPECULATIVE_CONFIG, SPECULATOR
 from ouro_vllm.options import OuroOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SPECULATOR = "ouro_vllm.SelfSpeculator"
 MOST_PASSES = 128  # vLLM's rejection sampler takes no more drafts per step (MAX_SPEC_LEN)
 
 
@@ -20,8 +20,7 @@ def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
     if speculative.method != "custom_class" or speculative.model != SPECULATOR:
         raise ValueError(
             f"--speculative-config: an Ouro model drafts with its own early loops. Got method {speculative.method!r}, "
-            f'model {speculative.model!r}; it must be {{"method": "custom_class", "model": "{SPECULATOR}", '
-            '"num_speculative_tokens": 8}.'
+            f"model {speculative.model!r}; it must be {SPECULATIVE_CONFIG}, with the passes per step of your choice."
         )
     if loops == 1:
         raise ValueError(

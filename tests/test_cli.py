@@ -1,6 +1,7 @@
 """The `ouro-vllm` command, how servers are started and stopped, what the Makefile installs. No engine is started."""
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from ouro_vllm import __version__, cli, cpu, demo, doctor
+from ouro_vllm.names import SPECULATIVE_CONFIG
 from ouro_vllm.server import Server, ServerError, free_port
 
 # A server in miniature: argv is its port, how it behaves, and a path for some behaviours.
@@ -109,6 +111,10 @@ def test_demo(fake, capsys):
     assert '"prompt": "Once"' in log
     assert '"messages": [{"content": "Why?", "role": "user"}]' in log
     assert log.count('"stream_options": {"include_usage": true}') == 2
+    # Asked in alternation, without drafting first, one round more than is counted.
+    speculate = [line.split('"ouro_speculate": ')[1][0] for line in log.splitlines() if "ouro_speculate" in line]
+    assert speculate == ["0", "1"] * (demo.COMPARED + 1)
+    assert re.search(r"\d\.\d times as fast, the same words \(medians of 5 each", printed)
 
 
 def test_server_that_dies_at_start(fake, capsys):
@@ -217,6 +223,9 @@ def test_demo_starts_the_model_on_its_port(tmp_path, monkeypatch, capsys):
     assert server.command[: -1 - server.command[::-1].index("--host")] == cpu.serve_command(str(tmp_path), [])
     assert server.command[server.command.index("--port") + 1] == str(server.port)
     assert server.command[-1] == "--enforce-eager"
+    assert server.command[server.command.index("--speculative-config") + 1] == SPECULATIVE_CONFIG
+    assert demo.main(str(tmp_path), "p", "q", 7, 9.0, ["--speculative-config", "{}"]) == 0
+    assert SPECULATIVE_CONFIG not in seen[1][0].command
     assert f"server log: {server.log}" in capsys.readouterr().out
     server.log.unlink()
 
@@ -450,7 +459,8 @@ def test_serve_prints_a_line_to_try(make, tmp_path):
     command.chmod(0o755)
     done = make("serve", "DEVICE=cpu", "PORT=8123", "MODEL=/some/model", "ARGS=--enforce-eager")
     assert done.returncode == 0, done.stderr
-    assert served.read_text() == "serve /some/model --port 8123 --served-model-name ouro-tiny --enforce-eager\n"
+    options = f"--served-model-name ouro-tiny --speculative-config {SPECULATIVE_CONFIG} --enforce-eager"
+    assert served.read_text() == f"serve /some/model --port 8123 {options}\n"
     (curl,) = [line for line in done.stdout.splitlines() if line.startswith("curl ")]
     parsed = subprocess.run(["sh", "-c", f"printf '%s\\n' {curl}"], capture_output=True, text=True, check=True).stdout
     assert "http://localhost:8123/v1/completions\n" in parsed
