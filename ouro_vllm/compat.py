@@ -30,8 +30,23 @@ READS = {
     "vllm.model_executor.layers.rotary_embedding.RotaryEmbedding": "",
     "vllm.model_executor.models.interfaces.SupportsQuant": "quant_config",
     "vllm.platforms.interface.Platform": "device_type get_device_name import_kernels is_cpu",
+    "vllm.sampling_params.SamplingParams": "all_stop_token_ids allowed_token_ids bad_words eos_token_id extra_args "
+    "frequency_penalty max_tokens min_tokens presence_penalty repetition_penalty seed stop_token_ids "
+    "structured_outputs thinking_token_budget",
     "vllm.utils.cpu_resource_utils.LogicalCPUInfo": "numa_node",
     "vllm.utils.cpu_resource_utils.MemoryNodeInfo": "available_memory total_memory",
+    "vllm.v1.core.sched.output.SchedulerOutput": "finished_req_ids num_scheduled_tokens preempted_req_ids "
+    "scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens",
+    "vllm.v1.core.sched.scheduler.Scheduler": "dynamic_sd_lookup log_stats make_stats num_lookahead_tokens "
+    "num_spec_tokens requests schedule scheduler_config update_from_output",
+    "vllm.v1.metrics.stats.SchedulerStats": "kv_connector_stats",
+    "vllm.v1.worker.block_table.BlockTable": "block_size get_device_tensor num_blocks_per_row",
+    "vllm.v1.worker.gpu_input_batch.CachedRequestState": "num_prompt_tokens sampling_params",
+    "vllm.v1.worker.gpu_input_batch.InputBatch": "block_table generators num_computed_tokens_cpu num_reqs "
+    "num_tokens_no_spec random_reqs req_ids sampling_metadata token_ids_cpu vocab_size",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "attn_groups cudagraph_dispatcher discard_request_mask "
+    "input_batch optimistic_seq_lens_cpu sampler _on_request_state_removed",
+    "vllm.v1.worker.utils.AttentionGroup": "build_metadata layer_names",
     "vllm.v1.engine.core.EngineCore": "model_executor post_step scheduler",
     "vllm.v1.engine.core_client.InprocClient": "engine_core",
     "vllm.v1.engine.llm_engine.LLMEngine": "add_request engine_core step",
@@ -43,16 +58,24 @@ STANDS_FOR = {
     "verify_and_update_model_config",
     "vllm.model_executor.models.interfaces_base.VllmModel": "embed_input_ids forward",
     "vllm.model_executor.models.interfaces_base.VllmModelForTextGeneration": "compute_logits",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "_build_attention_metadata _get_spec_decode_draft_probs "
+    "_input_fits_in_drafter _model_forward _sample _update_states execute_model initialize_kv_cache "
+    "propose_draft_token_ids sample_tokens take_draft_token_ids",
 }
 # Functions whose inside the plugin relies on.
 INSIDES = {
     "vllm.compilation.backends": "make_copy_and_call",
     "vllm.config.VllmConfig": "try_verify_and_update_config",
-    "vllm.forward_context": "create_forward_context get_forward_context override_forward_context",
+    "vllm.forward_context": "create_forward_context set_forward_context get_forward_context override_forward_context",
     "vllm.model_executor.layers.attention.attention": "get_attention_context unified_attention_with_output",
     "vllm.model_executor.models.utils.AutoWeightsLoader": "load_weights",
     "vllm.model_executor.models.utils.WeightsMapper": "apply _map_name_with_shard",
     "vllm.renderers.registry": "renderer_from_config",
+    "vllm.v1.engine.core.EngineCore": "post_step step",
+    "vllm.v1.sample.rejection_sampler": "expand_batch_to_tokens rejection_sample sample_recovered_tokens",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "execute_model sample_tokens _prepare_inputs _update_states "
+    "_bookkeeping_sync",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "init_device",
     "vllm.tokenizers.registry": "get_tokenizer resolve_tokenizer_args",
 }
 UNWRITTEN = {"", "bases", "__init__", "__call__", "forward", "forward_native"}  # used without the name being written

@@ -25,13 +25,15 @@ class Row:
     token: the token that stands there.
     slot: where its hidden state is kept between passes.
     depth: loops it has run.
-    heard: its readouts, one per loop from the first that was read.
+    since: the loop (1-based) of the first readout that was taken, 0 before.
+    heard: its readouts, one per loop from that one on.
     """
 
     position: int
     token: int
     slot: int
     depth: int = 0
+    since: int = 0
     heard: list[int] = field(default_factory=list)
 
 

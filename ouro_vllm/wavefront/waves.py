@@ -3,7 +3,7 @@
 Pure Python; tensors are behind `Machine`. A batch's requests share every pass, each at its own pace.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
@@ -59,7 +59,7 @@ class Counts:
 
     passes: int = 0  # that had rows of flights in them
     rows: int = 0
-    dropped: int = 0  # rows that left without being of use
+    dropped: int = 0  # rows that left because a deeper readout disagreed with their token
     lane_passes: int = 0  # the same, counted once per request that had rows in the pass
     restarts: int = 0  # times that followers left because a deeper readout disagreed
     finished: int = 0  # rows that ran all loops, after which their next token is known
@@ -81,8 +81,8 @@ class Counts:
 
 
 def slots_needed(loops: int, passes: int, requests: int) -> int:
-    """Hidden states to be kept: `Waves.most` rows per request, and one that waits to enter."""
-    return requests * (passes + loops + 1)
+    """Hidden states to be kept: `Waves.most` rows per request."""
+    return requests * (passes + loops)
 
 
 class Waves:
@@ -214,7 +214,9 @@ class Waves:
         if read and not chunks:  # a readout is what makes sure that the pass is over
             self.counts.shapes.append((len(rows), seconds))
         for number, token in zip(read, readouts, strict=True):
-            rows[number][1].heard.append(token)
+            row = rows[number][1]
+            row.since = row.since or row.depth + 1
+            row.heard.append(token)
         counts = self.counts
         if rows:
             counts.passes += 1
@@ -223,15 +225,15 @@ class Waves:
         for _, row in rows:
             row.depth += 1
             if row.depth == self.loops:
-                self._finished(row.heard)
+                self._finished(row)
 
-    def _finished(self, heard: list[int]) -> None:
-        """heard: readouts of the row's last len(heard) loops."""
-        counts = self.counts
+    def _finished(self, row: Row) -> None:
+        counts, heard = self.counts, row.heard
         counts.finished += 1
-        if not heard:
+        first = row.since - 1
+        if first + len(heard) != self.loops:  # not read up to the last loop: textbook drafts
             return
-        first, final = self.loops - len(heard), heard[-1]
+        final = heard[-1]
         for offset, token in enumerate(heard):
             counts.judged[first + offset] += 1
             counts.agreed[first + offset] += token == final
@@ -240,7 +242,3 @@ class Waves:
             while depth and heard[depth - 1] == final:
                 depth -= 1
             counts.settled[depth] += 1
-
-    def drafts(self, lanes: Iterable[Lane], most: int) -> list[list[int]]:
-        """What may be proposed to vLLM, per lane: tokens that the last loop has decided."""
-        return [lane.flight.settled(most) if lane.speculates else [] for lane in lanes]
