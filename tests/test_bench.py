@@ -1,107 +1,533 @@
-"""`ouro-vllm bench` against servers in miniature: what it asks, writes and refuses. No engine is started."""
+"""`ouro-vllm bench` with children in miniature: what it asks, counts, writes and refuses. No engine is started."""
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
+import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from test_cli import FAKE_SERVER
+from conftest import ROOT
 
-from ouro_vllm import bench, cli
-from ouro_vllm.server import Server, ServerError, free_port
+from ouro_vllm import cli, cpu
+from ouro_vllm.bench import figures, modes, report, run, worker
+from ouro_vllm.bench.children import Child
+from ouro_vllm.bench.figures import Measurement
+
+# A worker in miniature. argv: how it behaves, and a folder into which it writes what it was asked. It decodes twice as
+# fast where it drafts, and its third answer then differs at token 1.
+FAKE_WORKER = r"""
+import json, os, signal, sys, time
+
+behaviour, folder = sys.argv[1:]
+print("the fake worker is here", file=sys.stderr, flush=True)
+mode = ""
+log = open(os.path.join(folder, f"asked-{os.getpid()}"), "w")
+for line in sys.stdin:
+    log.write(line)
+    log.flush()
+    question = json.loads(line)
+    if "start" in question:
+        options = question["start"]["options"]
+        drafts = "speculative_config" in options
+        if behaviour == "dies" and drafts:
+            sys.exit("no weights to be found")
+        answer = {"loops": 4, "prompt_tokens": [3, 5], "kv_gib": 1.0, "start_seconds": 2.0}
+        answer |= {"device": "cpu", "threads": 2, "vllm": "0", "torch": "0"}
+    elif behaviour == "reports" and drafts:
+        answer = {"error": "the engine is dead"}
+    elif behaviour == "babbles":
+        answer = None
+        print("Loading ...", flush=True)
+    elif behaviour == "is interrupted":
+        os.kill(os.getppid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(3600)
+    else:
+        number = question["measure"]["requests"]
+        tokens = 10 * number
+        one = {"seconds": tokens / (200 if drafts else 100), "requests": number, "tokens": tokens, "first_token": 0.25}
+        passes = 2 if drafts else 4
+        one |= {"passes": passes * tokens, "rows": 5 * tokens, "lane_passes": passes * tokens, "committed": tokens}
+        one |= {"pass_seconds": one["seconds"] / 2}
+        if drafts:
+            one |= {"agreed": [7, 9, 9, 10], "judged": [10] * 4, "entries": {"1": 3}, "restarts": tokens // 10}
+        outputs = [[i, i, i] for i in range(number)]
+        if drafts:
+            outputs[2][1] = -1
+        answer = {"measurement": one, "outputs": outputs}
+    if answer is not None:
+        print(json.dumps(answer), flush=True)
+"""
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Makes bench start FAKE_SERVER in the given mode in place of vLLM. The checkpoint is a folder with prompts."""
-    script = tmp_path / "fake.py"
-    script.write_text(FAKE_SERVER)
+    """Makes bench start FAKE_WORKER with the given behaviour. Returns the folder of a checkpoint with prompts."""
+    (tmp_path / "fake.py").write_text(FAKE_WORKER)
     (tmp_path / "prompts.json").write_text(json.dumps(["Once", "Twice"]))
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(run, "GRACE_SECONDS", 0.2)
 
-    def use(mode: str) -> Path:
-        def command(_model: str, arguments: list[str]) -> list[str]:
-            return [sys.executable, str(script), arguments[arguments.index("--port") + 1], mode]
-
-        monkeypatch.setattr(bench, "serve_command", command)
-        return tmp_path
+    def use(behaviour: str) -> str:
+        monkeypatch.setattr(run, "WORKER", [sys.executable, str(tmp_path / "fake.py"), behaviour, str(tmp_path)])
+        return str(tmp_path)
 
     return use
 
 
-def test_bench_measures_every_mode_and_batch_and_writes_the_table(fake, tmp_path, capsys):
-    readme, figures = tmp_path / "README.md", tmp_path / "new" / "figures.json"
-    readme.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
-    arguments = ["bench", str(fake("good")), "--batch", "1,3", "--rounds", "2", "--tokens", "2"]
-    assert cli.main([*arguments, "--json", str(figures), "--readme", str(readme)]) == 0
-    written = json.loads(figures.read_text())
-    for mode in bench.MODES:
-        assert {size: len(rates) for size, rates in written["tokens_per_second"][mode].items()} == {"1": 2, "3": 2}
-        assert all(rate > 0 for rates in written["tokens_per_second"][mode].values() for rate in rates)
-        assert set(written["seconds_to_first_answer"][mode]) == {"cold", "warm"}
+def asked(folder: str) -> list[list[dict]]:
+    """What each fake worker was asked, in the order in which they were started."""
+    logs = sorted(Path(folder).glob("asked-*"), key=lambda log: int(log.name.partition("-")[2]))
+    return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+
+
+def gone(folder: str) -> bool:
+    """Whether all fake workers have ended."""
+    pids = [int(log.name.partition("-")[2]) for log in Path(folder).glob("asked-*")]
+    return bool(pids) and not any(map(state, pids))
+
+
+# The whole command.
+
+
+def test_bench_measures_every_mode_and_batch_and_writes_what_it_found(fake, tmp_path, capsys):
+    folder, readme, saved = fake("good"), tmp_path / "README.md", tmp_path / "new" / "figures.json"
+    readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    arguments = ["bench", "--model", folder, "--batch", "4,1", "--rounds", "2", "--tokens", "10", "--turns", "3"]
+    arguments += ["--modes", "wavefront,plain", "--sampled", "--json", str(saved), "--readme", str(readme)]
+    assert cli.main(arguments) == 0
+    written = json.loads(saved.read_text())
+    assert written["requests"] == {"1": 6, "4": 12}
+    for series in ("greedy", "sampled"):
+        for mode in ("plain", "wavefront"):
+            assert list(written["series"][series][mode]) == ["1", "4"]
+            assert all(len(cell["rounds"]) == 2 for cell in written["series"][series][mode].values())
+    found = written["series"]["greedy"]["wavefront"]["4"]["summary"]
+    assert found["ratio"] == {"median": 2.0, "least": 2.0, "most": 2.0}
+    assert found["tokens_per_second"]["median"] == 200
+    assert found["passes_per_token"] == 2 and found["rows_per_token"] == 5 and found["rows_per_pass"] == 2.5
+    assert found["agreement"] == [0.7, 0.9, 0.9, 1.0] and found["entry"] == "1"
+    assert found["outside_passes"] == 0.5
+    assert found["first_token_seconds"]["median"] == 0.25
+    assert found["identical"] == pytest.approx(11 / 12) and found["first_difference"]["median"] == 1
+    assert found["projected_ratio"] == 2.0
+    assert written["series"]["greedy"]["plain"]["4"]["summary"]["identical"] == 1
+    assert "projection, not a measurement" in written["projection"]["what"]
     page = readme.read_text()
-    assert page.startswith(f"before\n{bench.BEGIN}\n") and page.endswith(f"{bench.END}\nafter\n")
+    assert page.startswith("before\n<!-- bench -->\n") and page.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in page
-    table = page[page.index("| mode") : page.index(bench.END)]
-    assert table in capsys.readouterr().out
-    assert table.count("\n| compiled |") == 3
+    row = "| wavefront | 4 | 200.0 (200.0 to 200.0) | 2.00 | 2.00 | 5.00 | 92% | *2.00* |"
+    assert row in page and row in capsys.readouterr().out
+    assert gone(folder)
 
 
-def test_ratios_are_of_medians_to_the_first_mode():
-    rates = {"eager": {8: [10.0, 20.0, 90.0]}, "compiled": {8: [30.0, 50.0, 40.0]}}
-    starts = {mode: {"cold": 3.0, "warm": 2.0} for mode in rates}
-    figures = {"model": "m", "tokens": 4, "rounds": 3, "seconds_to_first_answer": starts, "tokens_per_second": rates}
-    text = bench.report(figures)
-    assert "| eager | 8 | 20.0 (10.0 to 90.0) | 1.00 |" in text
-    assert "| compiled | 8 | 40.0 (30.0 to 50.0) | 2.00 |" in text
+def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake):
+    folder = fake("good")
+    assert cli.main(["bench", folder, "--batch", "2", "--rounds", "2", "--modes", "draft-verify,plain"]) == 0
+    textbook, plain = asked(folder)
+    assert [list(question) for question in plain] == [["start"]] + [["measure"]] * 3
+    assert textbook[1:] == plain[1:] == [{"measure": {"batch": 2, "requests": 8, "temperature": 0.0}}] * 3
+    assert plain[0]["start"]["options"] == {}
+    start = textbook[0]["start"]
+    assert start["options"]["speculative_config"]["num_speculative_tokens"] == 3
+    assert start["options"]["additional_config"] == {"ouro": {"speculation": "draft-verify"}}
+    assert start["prompts"] == ["Once", "Twice"] and start["dtype"] == "bfloat16"
+    assert {name: value for name, value in start.items() if name != "options"} == {
+        name: value for name, value in plain[0]["start"].items() if name != "options"
+    }
 
 
-@pytest.mark.parametrize(("mode", "named"), [("dies", "no weights to be found"), ("reports", "the engine is dead")])
-def test_a_server_that_fails_is_reported_with_its_log(fake, mode, named, capsys):
-    assert cli.main(["bench", str(fake(mode))]) == 1
-    assert named in capsys.readouterr().err
+def test_an_earlier_run_is_reported_anew(fake, tmp_path, capsys):
+    saved, readme = tmp_path / "figures.json", tmp_path / "README.md"
+    assert cli.main(["bench", fake("good"), "--batch", "2,8", "--modes", "plain,wavefront", "--json", str(saved)]) == 0
+    readme.write_text("<!-- big -->\n<!-- /big -->\n")
+    capsys.readouterr()
+    arguments = ["--from", str(saved), "--flat-rows", "4", "--readme", str(readme), "--mark", "big"]
+    assert cli.main(["bench", *arguments]) == 0
+    # Batch 2: 5 rows cost 5 / 4 against 1. Batch 8: 20 rows cost 5 against 2.
+    assert "| *1.60* |" in readme.read_text() and "| *0.80* |" in readme.read_text()
+    assert "flat to 4 rows" in capsys.readouterr().out
+    saved.write_text('{"model": "m"}')
+    assert cli.main(["bench", "--from", str(saved)]) == 1
+    assert "not figures of this version" in capsys.readouterr().err
+    assert cli.main(["bench", "--from", str(tmp_path / "none")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
 
 
-def test_missing_prompts_and_marks_are_named(tmp_path, capsys):
-    assert cli.main(["bench", str(tmp_path)]) == 1
-    assert "prompts.json is not there: name a JSON list of prompts with --prompts FILE" in capsys.readouterr().err
-    (tmp_path / "prompts.json").write_text("[]")
-    (tmp_path / "README.md").write_text("nothing")
-    assert cli.main(["bench", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 1
-    assert bench.BEGIN in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [
+        ("dies", "wavefront: the engine's process died.*no weights to be found"),
+        ("reports", "wavefront: the engine is dead"),
+        ("babbles", "plain: no answer but 'Loading ...'"),
+    ],
+)
+def test_a_child_that_fails_is_reported_and_all_are_stopped(fake, behaviour, said, capsys):
+    folder = fake(behaviour)
+    assert cli.main(["bench", folder, "--modes", "plain,wavefront"]) == 1
+    assert re.search(said, capsys.readouterr().err, flags=re.DOTALL)
+    assert len(asked(folder)) == 2 and gone(folder)
 
 
-def test_a_paused_server_stands_still_and_goes_on(tmp_path):
-    script, port = tmp_path / "fake.py", free_port()
-    script.write_text(FAKE_SERVER)
-    server = Server([sys.executable, str(script), str(port), "good"], port, tmp_path / "log")
-    server.start()
+def test_children_are_stopped_on_sigterm(fake):
+    folder, before = fake("is interrupted"), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["bench", folder, "--modes", "plain,wavefront"])
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert gone(folder)
+
+
+def test_a_child_that_waits_ends_when_its_parent_is_killed(fake, tmp_path):
+    folder = fake("good")
+    code = "import sys, time; from pathlib import Path; from ouro_vllm.bench.children import Child\n"
+    code += "Child('m', sys.argv[1:], {}, Path('/dev/null')); print(flush=True); time.sleep(3600)"
+    parent = subprocess.Popen([sys.executable, "-c", code, *run.WORKER], stdout=subprocess.PIPE)
+    parent.stdout.readline()
+    wait_for(lambda: list(tmp_path.glob("asked-*")))
+    parent.kill()
+    parent.communicate()
+    wait_for(lambda: gone(folder))
+
+
+STOPPABLE = r"""
+from types import SimpleNamespace
+from ouro_vllm.bench import worker
+worker.Engine = lambda: SimpleNamespace(facts={"ready": True}, measure=lambda: {"measured": True})
+worker.main()
+"""
+
+
+def state(child: int) -> str:
+    """The letter for a process's state, as in ps; nothing once it has ended."""
     try:
-        server.wait_healthy(60, poll=0.05)
-        with server.paused():
-            stopped = os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
-            assert stopped.si_status == signal.SIGSTOP
-        server.wait_healthy(60, poll=0.05)
+        return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0].replace("Z", "")
+    except FileNotFoundError:
+        return ""
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are stopped on Linux only")
+def test_a_child_that_is_not_asked_stands_still_and_goes_on(tmp_path):
+    child = Child("m", [sys.executable, "-c", STOPPABLE], os.environ, tmp_path / "log")
+    try:
+        assert child.ask({"start": {}}) == {"ready": True}
+        wait_for(lambda: state(child.process.pid) == "T")
+        assert child.ask({"measure": {}}) == {"measured": True}
     finally:
-        assert server.stop(30) in (0, -signal.SIGINT)
+        child.stop(30)
+    assert child.process.returncode in (0, 1)  # 1: the stand-in has nothing to shut down
 
 
-@pytest.mark.parametrize("text", ["", "0", "1,-2", "two"])
-def test_batch_sizes_must_be_positive_numbers(text, capsys):
+@pytest.mark.skipif(sys.platform != "linux", reason="children are stopped on Linux only")
+def test_a_stopped_child_ends_when_its_parent_is_killed():
+    code = "import os, sys, time; from pathlib import Path; from ouro_vllm.bench.children import Child\n"
+    code += "child = Child('m', sys.argv[1:], os.environ, Path('/dev/null')); child.ask({'start': {}})\n"
+    code += "print(child.process.pid, flush=True); time.sleep(3600)"
+    command = [sys.executable, "-c", code, sys.executable, "-c", STOPPABLE]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    wait_for(lambda: state(child) == "T")
+    parent.kill()
+    parent.communicate()
+    wait_for(lambda: not state(child))
+
+
+# What is refused before anything is started.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", ""], "argument --batch: '' is no whole number from 1 on"),
+        (["--batch", "0"], "argument --batch: '0' is no"),
+        (["--batch", "1,-2"], "argument --batch: '-2' is no"),
+        (["--batch", "two"], "argument --batch: 'two' is no"),
+        (["--rounds", "0"], "argument --rounds: '0' is no"),
+        (["--modes", "plain,eager"], "argument --modes: unknown mode 'eager'; there are plain, draft-verify"),
+        (["--modes", "wavefront"], "argument --modes: plain is missing"),
+        (["--dtype", "int8"], "argument --dtype"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, said, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["bench", "--batch", text])
-    assert "--batch" in capsys.readouterr().err
+        cli.main(["bench", *arguments])
+    assert said in capsys.readouterr().err
 
 
-def test_an_error_of_one_mode_stops_the_servers_of_all(fake, monkeypatch):
-    stopped = []
-    monkeypatch.setattr(bench, "throughput", lambda *_: (_ for _ in ()).throw(ServerError("gone")))
-    monkeypatch.setattr(Server, "stop", lambda self, *_: stopped.append(self.port) or _kill(self))
-    assert cli.main(["bench", str(fake("good"))]) == 1
-    assert len(set(stopped)) == 2 * len(bench.MODES)
+def test_missing_input_is_named(fake, tmp_path, monkeypatch, capsys):
+    folder = fake("good")
+
+    def refused(*arguments: str) -> str:
+        assert cli.main(["bench", *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "Name the model once" in refused(folder, "--model", folder)
+    assert "holds no config.json" in refused(str(tmp_path / "nowhere"))
+    assert "none is not there: name a JSON list" in refused(folder, "--prompts", str(tmp_path / "none"))
+    assert "prompts.json is not there" in refused("owner/name")
+    for content, said in (
+        ("[", "is not JSON"),
+        ("[]", "at least one"),
+        ("[1]", "list of texts"),
+        ('[""]', "none empty"),
+    ):
+        (tmp_path / "odd.json").write_text(content)
+        assert said in refused(folder, "--prompts", str(tmp_path / "odd.json"))
+    assert "README.md is not there" in refused(folder, "--readme", str(tmp_path / "README.md"))
+    (tmp_path / "README.md").write_text("<!-- bench -->")
+    assert "lacks `<!-- bench -->` or `<!-- /bench -->`" in refused(folder, "--readme", str(tmp_path / "README.md"))
+    assert "--passes 129: vLLM takes no more than 128" in refused(folder, "--passes", "129")
+    assert "cannot be written" in refused(folder, "--json", str(tmp_path / "fake.py" / "x.json"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "--png needs matplotlib, the extra `bench`" in refused(folder, "--png", "x.png")
+    assert not asked(folder)
 
 
-def _kill(server: Server) -> None:
-    server.process.kill()
-    server.process.wait()
+def test_a_worker_that_cannot_be_run(fake, monkeypatch, capsys):
+    folder = fake("good")
+    monkeypatch.setattr(run, "WORKER", [str(ROOT / "nowhere")])
+    assert cli.main(["bench", folder]) == 1
+    assert "plain: " in capsys.readouterr().err
+
+
+# Figures.
+
+
+def measured(**given) -> Measurement:
+    return Measurement(**{"seconds": 1.0, "requests": 1, "tokens": 10, "first_token": 0.1, "committed": 10, **given})
+
+
+def test_ratios_are_of_rounds_and_counts_are_summed_over_them():
+    counts = {"compared": 1, "identical": 1, "passes": 20, "lane_passes": 20, "rows": 40}
+    base = [measured(seconds=seconds, **counts) for seconds in (1.0, 2.0, 10.0)]
+    rounds = [measured(seconds=seconds, **counts) for seconds in (0.5, 2.0, 2.0)]
+    rounds[0].lane_passes, rounds[0].rows, rounds[0].passes = 5, 10, 5
+    found = figures.summary(rounds, base, loops=4, batch=1, flat=8)
+    assert found["tokens_per_second"] == {"median": 5, "least": 5, "most": 20}
+    assert found["ratio"] == {"median": 2.0, "least": 1.0, "most": 5.0}
+    assert found["passes_per_token"] == pytest.approx(45 / 30)
+    assert found["share_of_bound"] == pytest.approx(2.0 * 1.5 / 4)
+    assert found["rows_per_token"] == pytest.approx(3.0)
+    assert found["rows_per_pass"] == pytest.approx(2.0)
+    assert found["outside_passes"] is None and found["entry"] is None and found["first_difference"] is None
+    assert found["agreement"] == []
+
+
+def test_sums_of_lists_and_of_entries():
+    one = measured(agreed=[1, 2], judged=[2, 2], entries={"1": 2}, pass_seconds=0.25, differ_at=[4])
+    other = measured(agreed=[0, 2, 3], judged=[0, 4, 3], entries={"1": 1, "2": 5}, pass_seconds=0.5, differ_at=[2, 9])
+    sums = figures.summed([one, other])
+    assert sums["agreed"] == [1, 4, 3] and sums["judged"] == [2, 6, 3]
+    assert sums["entries"] == {"1": 3, "2": 5}
+    assert sums["differ_at"] == [4, 2, 9]
+    assert sums["pass_seconds"] == 0.75 and sums["tokens"] == 20
+
+
+@pytest.mark.parametrize(
+    ("passes", "rows", "batch", "flat", "expected"),
+    [
+        (4.0, 1.0, 32, 64, 1.0),  # plain itself
+        (1.6, 2.5, 8, 64, 2.5),  # all passes cost the same: R / passes per token
+        (1.6, 2.5, 8, 10, 1.25),  # 20 rows cost twice as much, plain's 8 do not
+        (1.6, 2.5, 100, 10, 1.0),  # bound by rows: 4 of plain against 1.6 * 2.5
+    ],
+)
+def test_projection(passes, rows, batch, flat, expected):
+    assert figures.projected_ratio(4, passes, rows, batch, flat) == pytest.approx(expected)
+
+
+def test_outputs_are_compared_as_far_as_both_go():
+    assert figures.first_difference([1, 2], [1, 2]) is None
+    assert figures.first_difference([1, 2], [1, 3]) == 1
+    assert figures.first_difference([1, 2], [1, 2, 3]) == 2
+    one = measured()
+    one.compare([[1], [2], [3]], [[1], [4]])
+    assert (one.compared, one.identical, one.differ_at) == (2, 1, [0])
+
+
+# Tables and the plot.
+
+
+def example(sampled: bool = True) -> dict:
+    """Figures of a made-up run."""
+    gathered = {"model": "m", "dtype": "bfloat16", "loops": 4, "rounds": 1, "tokens": 10, "requests": {"1": 6, "8": 32}}
+    gathered |= {"device": "cpu", "threads": 2, "vllm": "0", "series": {}}
+    for series in ("greedy", "sampled") if sampled else ("greedy",):
+        gathered["series"][series] = {}
+        for speed, mode in enumerate(modes.MODES, 1):
+            gathered["series"][series][mode] = {}
+            for batch in (1, 8):
+                one = measured(
+                    seconds=1 / speed, compared=2, identical=1, differ_at=[3], passes=9, rows=50, lane_passes=20
+                )
+                if modes.speculative(mode):
+                    one.agreed, one.judged, one.entries = [1, 1, 2, 2], [2, 2, 2, 2], {"2": 4, "1": 1}
+                gathered["series"][series][mode][str(batch)] = {"rounds": [figures.as_json(one)]}
+    run.summarise(gathered, 64)
+    return gathered
+
+
+def test_tables():
+    text = report.text(example())
+    assert text.count("| wavefront | 8 | 30.0 (30.0 to 30.0) | 3.00 | 2.00 | 5.00 | 50% | *2.00* |") == 2
+    assert "Agreement of depths 1, 2, 3 with 4 (greedy, wavefront-full, batch 1): 0.50, 0.50, 1.00." in text
+    assert "projection, not a measurement" in text and "temperature 0.7:" in text
+    assert "temperature 0.7" not in report.for_readme(example(sampled=False))
+    for table in (report.overview(example(), "greedy"), report.details(example(), "greedy")):
+        assert {len(row) for row in table} == {len(table[0])}
+        assert len(table) == 1 + 2 * len(modes.MODES)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_plot(sampled, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.draw(example(sampled), tmp_path / "curves")
+    assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
+    page = tmp_path / "page"
+    page.write_text("<!-- a -->\n1\n<!-- /a -->\n<!-- b -->\n2\n<!-- /b -->\n")
+    report.into_readme(page, "a", r"\1 new")
+    assert page.read_text() == "<!-- a -->\n\n\\1 new\n<!-- /a -->\n<!-- b -->\n2\n<!-- /b -->\n"
+
+
+# Modes and children's settings.
+
+
+def test_modes_as_options():
+    for mode in modes.MODES:
+        options = modes.engine_options(mode, passes=5, drafts=2)
+        assert modes.speculative(mode) == ("speculative_config" in options)
+    full = modes.engine_options("wavefront-full", passes=5, drafts=2)
+    assert full["speculative_config"]["num_speculative_tokens"] == 5
+    assert full["additional_config"] == {"ouro": {"entry_loop": 1}}
+    assert modes.engine_options("plain-eager", 5, 2) == {"enforce_eager": True}
+
+
+def test_environment_of_children(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for module in (cpu, run):
+        monkeypatch.setattr(module, "is_cpu_build", lambda: True)
+    monkeypatch.setenv("KMP_BLOCKTIME", "7")
+    env = run.child_environment()
+    assert env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert cpu.KV_SPACE not in env
+    assert int(env["OMP_NUM_THREADS"]) >= 1
+    assert env["KMP_BLOCKTIME"] == "7"
+    monkeypatch.setattr(cpu, "is_cpu_build", lambda: False)
+    monkeypatch.setattr(run, "is_cpu_build", lambda: False)
+    assert "OMP_NUM_THREADS" not in run.child_environment()
+
+
+# The worker, without vLLM.
+
+
+class FakeEngine:
+    """As `LLMEngine` to `worker.answer`: two tokens per step and request, `params` tokens each."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, deque[int]] = {}
+        self.most, self.order = 0, []
+
+    def add_request(self, name: str, prompt: dict, params: int) -> None:
+        self.left[name] = deque(prompt["prompt_token_ids"] * params)
+        self.order.append(name)
+        self.most = max(self.most, len(self.left))
+
+    def step(self) -> list[SimpleNamespace]:
+        news = []
+        for name, left in list(self.left.items()):
+            new = [left.popleft() for _ in range(min(2, len(left)))]
+            if not left:
+                del self.left[name]
+            news.append(SimpleNamespace(request_id=name, finished=not left, outputs=[SimpleNamespace(token_ids=new)]))
+        return news
+
+
+def test_worker_keeps_the_batch_full_and_no_fuller():
+    engine, steps = FakeEngine(), []
+
+    def stepped() -> float:
+        steps.append(len(engine.left))
+        return time.perf_counter()
+
+    prompts, lengths = [[number] for number in range(7)], [1, 8, 3, 2, 5, 4, 1]
+    outputs, waits = worker.answer(engine, "run-1", prompts, lengths, 3, stepped)
+    assert outputs == [[number] * length for number, length in enumerate(lengths)]
+    assert engine.most == 3 and engine.order == [f"run-1-{number}" for number in range(7)]
+    assert len(steps) == 5  # 24 tokens in threes of two would be 4
+    assert len(waits) == 7 and all(0 < wait < 10 for wait in waits)
+
+
+def test_worker_counts_between_two_sums():
+    engine = object.__new__(worker.Engine)
+    engine.speculates, engine.loops = True, 4
+    early = {"counts": {name: 1 for name in worker.KEPT} | {"seconds": 0.5}, "committed": 2}
+    late = {"counts": {name: 4 for name in worker.KEPT} | {"seconds": 0.75}, "committed": 9}
+    for name in ("agreed", "judged", "settled"):
+        early["counts"][name], late["counts"][name] = [], [3, 4]
+    found = engine._between(early, late, tokens=7)
+    assert found["passes"] == 3 and found["agreed"] == [3, 4]
+    assert found["pass_seconds"] == 0.25 and found["committed"] == 7
+    engine.speculates, engine.runner = False, SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    found = engine._between((3, 1.0), (8, 1.5), tokens=10)
+    counts = {"passes": 20, "rows": 40, "lane_passes": 40, "committed": 10, "pass_seconds": 0.5}
+    assert found == counts
+    engine.runner.device.type = "cuda"
+    assert engine._between((3, 1.0), (8, 1.5), tokens=10)["pass_seconds"] is None
+
+
+def test_kv_blocks_for_the_longest_requests_at_once():
+    assert worker.blocks_needed([1, 128, 129, 300], batch=2) == 3 + 2 + worker.SPARE_BLOCKS
+    assert worker.blocks_needed([1, 128], batch=8) == 2 + worker.SPARE_BLOCKS
+
+
+def test_worker_speaks_only_json_on_stdout_and_survives_errors(tmp_path):
+    code = r"""
+import os, sys
+from types import SimpleNamespace
+from ouro_vllm.bench import worker
+
+class Engine:
+    def __init__(self, model):
+        print("noise")
+        os.system("echo more noise")
+        assert sys.stdin.read() == ""
+        self.facts = {"model": model}
+        core = SimpleNamespace(shutdown=lambda: print("shut down", file=sys.stderr))
+        self.llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+
+    def measure(self, batch):
+        raise ValueError(f"no batch {batch}")
+
+worker.Engine = Engine
+worker.main()
+"""
+    with (tmp_path / "log").open("w+") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        questions = [{"start": {"model": "m"}}, {"measure": {"batch": 3}}, {"start": {}}]
+        said, _ = child.communicate("".join(json.dumps(question) + "\n" for question in questions), timeout=60)
+        log.seek(0)
+        logged = log.read()
+    answers = [json.loads(line) for line in said.splitlines()]
+    assert answers[:2] == [{"model": "m"}, {"error": "no batch 3"}]
+    assert "model" in answers[2]["error"]
+    assert child.returncode == 0
+    assert "noise" in logged and "more noise" in logged and "shut down" in logged

@@ -319,7 +319,7 @@ def test_plugin_uses_are_found() -> None:
 
 def test_tables_name_nothing_that_the_plugin_does_not() -> None:
     folder = Path(compat.__file__).parent
-    sources = "".join(file.read_text() for file in folder.glob("*.py") if file != Path(compat.__file__))
+    sources = "".join(file.read_text() for file in folder.rglob("*.py") if file != Path(compat.__file__))
     members = " ".join([*compat.READS.values(), *compat.STANDS_FOR.values()]).split()
     assert len(members) > 20
     assert [member for member in members if member not in sources] == []

@@ -1,7 +1,7 @@
 """How eager the wavefront is, chosen from measured figures.
 
 The choice is `entry`: how many loops a row must have run before its readout is fed. 1 commits most per pass and runs
-the most rows; R feeds only decided tokens, which is plain decoding with the passes of several tokens in one engine step.
+the most rows; R feeds only decided tokens: plain decoding, with the passes of several tokens in one engine step.
 Rows are nearly free while a pass is bound by reading weights and cost time in proportion once it is bound by computing,
 so the best choice depends on the machine, the model and the batch. Pure Python.
 """

@@ -1,0 +1,280 @@
+"""Conducts a benchmark: starts the engines, asks them in turn, writes down what they measured."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ouro_vllm import __version__
+from ouro_vllm.bench import report
+from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, BenchError, Child, stop_all
+from ouro_vllm.bench.figures import PROJECTION, Measurement, as_json, summaries
+from ouro_vllm.bench.modes import BASE, engine_options, speculative
+from ouro_vllm.cpu import KV_SPACE, environment, is_cpu_build
+from ouro_vllm.demo import looks_like_folder
+from ouro_vllm.speculation import MOST_PASSES
+
+FEWEST_REQUESTS = 6
+SERIES = {"greedy": 0.0, "sampled": 0.7}  # temperature; every request has a seed of its own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    model: folder or name. prompts: file with a JSON list of texts, None for the model's own.
+    modes: of `modes.MODES`. batches: most requests at once, rising. rounds: measurements per mode and batch size, after
+    one that warms up. tokens: per answer. turns: requests per place in the batch, FEWEST_REQUESTS at least in all.
+    passes, drafts: see `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see `figures.PROJECTION`.
+    """
+
+    model: str
+    prompts: Path | None
+    modes: list[str]
+    batches: list[int]
+    rounds: int
+    tokens: int
+    turns: int
+    passes: int
+    drafts: int
+    dtype: str
+    sampled: bool
+    flat_rows: int
+
+    def requests(self, batch: int) -> int:
+        """How many are answered in one measurement."""
+        return max(FEWEST_REQUESTS, self.turns * batch)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where results go besides stdout; None leaves one out. mark: see `report.marks`."""
+
+    json: Path | None = None
+    png: Path | None = None
+    readme: Path | None = None
+    mark: str = "bench"
+
+
+def main(plan: Plan, results: Results) -> int:
+    """Measure, print and write. Returns the exit status: 1 after saying which input is wrong or which engine failed."""
+
+    def steps() -> dict[str, Any]:
+        prompts = read_prompts(plan)
+        make_folders(results)
+        # After every batch size, so that a run that is cut short leaves what it measured.
+        return measure(plan, prompts, lambda figures: save(figures, results.json))
+
+    return finish(steps, plan.flat_rows, results)
+
+
+def redraw(source: Path, flat_rows: int, results: Results) -> int:
+    """As `main`, with the figures that an earlier run wrote to `source`."""
+
+    def steps() -> dict[str, Any]:
+        make_folders(results)
+        try:
+            return json.loads(source.read_text())
+        except (OSError, ValueError) as error:
+            raise BenchError(f"{source} cannot be read as figures of an earlier run: {error}") from None
+
+    return finish(steps, flat_rows, results)
+
+
+def finish(steps: Callable[[], dict[str, Any]], flat_rows: int, results: Results) -> int:
+    """Take figures from `steps`, then report them."""
+    try:
+        check(results)
+        figures = steps()
+        try:
+            summarise(figures, flat_rows)
+            text = report.text(figures)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BenchError(f"These are not figures of this version of bench: {error!r}") from error
+    except BenchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(text)
+    save(figures, results.json)
+    if results.readme is not None:
+        report.into_readme(results.readme, results.mark, report.for_readme(figures))
+    if results.png is not None:
+        report.draw(figures, results.png)
+    return 0
+
+
+def check(results: Results) -> None:
+    """Raises BenchError for what could not be written in the end, before anything is started."""
+    if results.readme is not None:
+        page = results.readme.read_text() if results.readme.is_file() else None
+        begin, end = report.marks(results.mark)
+        if page is None:
+            raise BenchError(f"{results.readme} is not there: --readme names the file that takes the table.")
+        if begin not in page or end not in page:
+            raise BenchError(f"{results.readme} lacks `{begin}` or `{end}`: add both where the table is to stand.")
+    if results.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--png needs matplotlib, the extra `bench`: pip install -e '.[bench]', or leave --png out.")
+
+
+def make_folders(results: Results) -> None:
+    """For the files to be written. Raises BenchError where there can be none."""
+    for path in (results.json, results.png):
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BenchError(f"{path} cannot be written: {error}") from None
+
+
+def read_prompts(plan: Plan) -> list[str]:
+    """The texts. Raises BenchError where the model or they are missing, or the plan asks too much of vLLM."""
+    for name in ("passes", "drafts"):
+        if getattr(plan, name) > MOST_PASSES:
+            raise BenchError(f"--{name} {getattr(plan, name)}: vLLM takes no more than {MOST_PASSES} per step.")
+    if looks_like_folder(plan.model) and not Path(plan.model, "config.json").is_file():
+        raise BenchError(f"{plan.model} holds no config.json: name a checkpoint's folder, or its name on a model hub.")
+    source = plan.prompts or Path(plan.model, "prompts.json")
+    if not source.is_file():
+        raise BenchError(f"{source} is not there: name a JSON list of prompts with --prompts FILE.")
+    try:
+        prompts = json.loads(source.read_text())
+    except ValueError as error:
+        raise BenchError(f"{source} is not JSON: {error}") from None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) and text for text in prompts):
+        raise BenchError(f"{source} must be a JSON list of texts, at least one and none empty.")
+    return prompts
+
+
+def child_environment() -> dict[str, str]:
+    """What a worker starts with: as a server's, but for the engine in the process itself."""
+    env = {**environment(os.environ), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if is_cpu_build():
+        # It would overrule the size that the worker computes.
+        env.pop(KV_SPACE, None)
+        # What vLLM gives to the worker processes of a server (vllm/utils/ompmultiprocessing.py). There it sets one core
+        # aside for the engine core, which here shares the process.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        for name, value in (("OMP_NUM_THREADS", str(cores)), ("KMP_BLOCKTIME", "5"), ("KMP_TPAUSE", "0")):
+            env.setdefault(name, value)
+    return env
+
+
+def measure(plan: Plan, prompts: list[str], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Start the engines, ask them in turn, stop them whatever happens. keep: takes the figures so far.
+
+    Raises:
+        BenchError: an engine did not start, failed or died.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, the engines having been stopped.
+    """
+    children: dict[str, Child] = {}
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory(prefix="ouro-vllm-bench-") as folder:
+        try:
+            facts = {}
+            for mode in plan.modes:
+                print(f"{mode}: starting (vLLM compiles the model the first time) ...", flush=True)
+                children[mode] = Child(mode, WORKER, child_environment(), Path(folder, f"{mode}.log"))
+                facts[mode] = children[mode].ask({"start": start_message(plan, mode, prompts)})
+                print(f"{mode}: ready after {facts[mode]['start_seconds']:.0f} s", flush=True)
+            figures = heading(plan, facts)
+            for series, temperature in SERIES.items():
+                if series == "greedy" or plan.sampled:
+                    reference: list[list[int]] = []
+                    figures["series"][series] = {mode: {} for mode in plan.modes}
+                    for batch in plan.batches:
+                        cells = alternate(plan, children, batch, temperature, reference)
+                        for mode, rounds in cells.items():
+                            kept = [as_json(one) for one in rounds]
+                            figures["series"][series][mode][str(batch)] = {"rounds": kept}
+                        summarise(figures, plan.flat_rows)
+                        keep(figures)
+            return figures
+        finally:
+            stop_all(children.values(), GRACE_SECONDS)
+            signal.signal(signal.SIGTERM, before)
+
+
+def start_message(plan: Plan, mode: str, prompts: list[str]) -> dict[str, Any]:
+    """Arguments of `worker.Engine`."""
+    # Drafts that are scheduled, and as many passes and some loops that rows may run ahead: more than any mode takes.
+    lookahead = 2 * max(plan.passes, plan.drafts) + 16
+    return {
+        "model": plan.model,
+        "prompts": prompts,
+        "tokens": plan.tokens,
+        "batch": max(plan.batches),
+        "lookahead": lookahead if any(map(speculative, plan.modes)) else 0,
+        "dtype": plan.dtype,
+        "options": engine_options(mode, plan.passes, plan.drafts),
+    }
+
+
+def alternate(
+    plan: Plan, children: dict[str, Child], batch: int, temperature: float, reference: list[list[int]]
+) -> dict[str, list[Measurement]]:
+    """All rounds at one batch size, the modes in turn; the round that warms up is not among them.
+
+    reference: plain's first answers of the series, filled in here at the smallest batch size. Plain is compared with
+    these, which shows what batching alone changes; the others with plain in the same round.
+    """
+    order = sorted(plan.modes, key=lambda mode: mode != BASE)
+    rounds: dict[str, list[Measurement]] = {mode: [] for mode in order}
+    question = {"measure": {"batch": batch, "requests": plan.requests(batch), "temperature": temperature}}
+    for number in range(plan.rounds + 1):
+        base: list[list[int]] = []
+        said = []
+        for mode in order:
+            answer = children[mode].ask(question)
+            one, outputs = Measurement(**answer["measurement"]), answer["outputs"]
+            reference += [] if reference else outputs
+            base = base or outputs
+            one.compare(outputs, reference if mode == BASE else base)
+            if number:
+                rounds[mode].append(one)
+            said.append(f"{mode} {one.rate:.1f}")
+        name = f"round {number} of {plan.rounds}" if number else "warm-up"
+        print(f"batch {batch}, temperature {temperature:g}, {name}: {', '.join(said)} tokens/s", flush=True)
+    return rounds
+
+
+def heading(plan: Plan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the figures are of; `series` is still empty."""
+    base = facts[BASE]
+    return {
+        "model": Path(plan.model).name,
+        "dtype": plan.dtype,
+        "loops": base["loops"],
+        "rounds": plan.rounds,
+        "tokens": plan.tokens,
+        "requests": {str(batch): plan.requests(batch) for batch in plan.batches},
+        "prompts": len(base["prompt_tokens"]),
+        "prompt_tokens": {"least": min(base["prompt_tokens"]), "most": max(base["prompt_tokens"])},
+        "passes": plan.passes,
+        "drafts": plan.drafts,
+        "ouro_vllm": __version__,
+        **{name: base[name] for name in ("vllm", "torch", "device", "threads", "kv_gib")},
+        "start_seconds": {mode: fact["start_seconds"] for mode, fact in facts.items()},
+        "series": {},
+    }
+
+
+def summarise(figures: dict[str, Any], flat_rows: int) -> None:
+    """Work out all summaries, anew where there are some."""
+    figures["projection"] = {"flat_rows": flat_rows, "what": PROJECTION}
+    for series in figures["series"].values():
+        summaries(series, BASE, figures["loops"], flat_rows)
+
+
+def save(figures: dict[str, Any], path: Path | None) -> None:
+    """Write the figures, if there is a file for them."""
+    if path is not None:
+        text = json.dumps(figures, indent=1)
+        # Lists of numbers on one line.
+        path.write_text(re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")

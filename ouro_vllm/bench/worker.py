@@ -1,0 +1,264 @@
+"""One engine of `ouro-vllm bench`: `python -m ouro_vllm.bench.worker`, asked by lines of JSON on stdin.
+
+{"start": {...}} makes the engine, see `Engine`; {"measure": {...}} has it answer requests, see `Engine.measure`. Each
+gets one line of JSON on stdout: what the method returns, or {"error": "what went wrong"}. Everything else that is
+written to stdout goes to stderr. Ends with stdin.
+
+The engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): one that waits for requests waits on stdin.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import zip_longest
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from ouro_vllm.bench.figures import Measurement, as_json
+from ouro_vllm.names import MODEL_TYPE
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+BLOCK = 128  # tokens of the largest KV block that vLLM takes by itself
+SPARE_BLOCKS = 2  # per loop: vLLM's null block, and one for good measure
+KEPT = ("passes", "rows", "lane_passes", "restarts", "dropped", "agreed", "judged", "settled")  # of Counts
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    if sys.platform == "linux":
+        # The parent stops this process between questions; killed, it could not let it go on and leave.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    answers = os.fdopen(os.dup(1), "w")
+    questions = os.fdopen(os.dup(0))
+    os.dup2(2, 1)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    engine: Engine | None = None
+    for line in iter(questions.readline, ""):
+        try:
+            ((what, details),) = json.loads(line).items()
+            if what == "start":
+                engine = Engine(**details)
+                answer = engine.facts
+            else:
+                answer = engine.measure(**details)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": str(error) or repr(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    if engine is not None:
+        engine.llm.llm_engine.engine_core.shutdown()
+
+
+def blocks_needed(lengths: list[int], batch: int) -> int:
+    """Most KV blocks per loop that `batch` requests of these lengths (tokens, lookahead included) hold at once."""
+    return sum(sorted((-(-length // BLOCK) for length in lengths), reverse=True)[:batch]) + SPARE_BLOCKS
+
+
+class Engine:
+    """vLLM's `LLM` with as much KV cache as the requests need, the same in every mode.
+
+    Attributes:
+        facts: what the conductor wants to know of it.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prompts: list[str],
+        tokens: int,
+        batch: int,
+        lookahead: int,
+        dtype: str,
+        options: dict[str, Any],
+    ) -> None:
+        """tokens: per answer. batch: most requests at once. lookahead: slots per request that speculation takes, in the
+        mode that takes most. options: of `LLM`, what sets the mode apart."""
+        began = perf_counter()
+        import torch
+        import vllm
+        from transformers import AutoConfig, AutoTokenizer
+
+        import ouro_vllm
+        from ouro_vllm.config import check
+
+        ouro_vllm.register()
+        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        if config.model_type != MODEL_TYPE:
+            raise ValueError(
+                f"{model} is no Ouro checkpoint: `model_type` of its config.json is {config.model_type!r}."
+            )
+        check(config)
+        self.prompts = [tokenizer(text)["input_ids"] for text in prompts]
+        self.tokens = tokens
+        repeated = [self.prompts[number % len(self.prompts)] for number in range(max(batch, len(self.prompts)))]
+        lengths = [len(prompt) + tokens + lookahead for prompt in repeated]
+        self.loops = config.total_ut_steps
+        per_token = 2 * self.loops * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        kv_bytes = per_token * getattr(torch, dtype).itemsize * BLOCK * blocks_needed(lengths, batch)
+        self.llm = vllm.LLM(
+            model,
+            dtype=dtype,
+            max_num_seqs=batch,
+            max_model_len=max(lengths),
+            kv_cache_memory_bytes=kv_bytes,
+            enable_prefix_caching=False,  # or repeated prompts would cost nothing
+            disable_log_stats=True,
+            seed=0,
+            **options,
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.speculates = "speculative_config" in options
+        self.paced = self.speculates and not self.runner._textbook
+        self.forwards, self.pass_seconds, self.out, self.runs = 0, 0.0, 0.0, 0
+        self._listen()
+        self.facts = {
+            "loops": self.loops,
+            "prompt_tokens": [len(prompt) for prompt in self.prompts],
+            "kv_gib": kv_bytes / 2**30,
+            "start_seconds": perf_counter() - began,
+            "device": self.runner.device.type,
+            "threads": torch.get_num_threads(),
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+        }
+
+    def _listen(self) -> None:
+        """Take the time of plain decoding's forwards, and the moment when a step's tokens leave the engine."""
+        forward, after = self.runner._model_forward, self.core.post_step
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = perf_counter()
+            hidden = forward(*args, **kwargs)
+            self.pass_seconds += perf_counter() - began
+            self.forwards += 1
+            return hidden
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            # In a server this runs once the tokens are on their way; in this process `step` returns them after it.
+            self.out = perf_counter()
+            return after(*args, **kwargs)
+
+        if not self.speculates:
+            self.runner._model_forward = timed
+        self.core.post_step = noted
+
+    def measure(self, batch: int, requests: int, temperature: float) -> dict[str, Any]:
+        """Answer that many requests, never more than `batch` at once, a new one as soon as one is done.
+
+        Request i has prompt i, starting over when they are used up, and seed i. Detokenisation, which a server does in
+        another process, is left out.
+
+        Returns:
+            {"measurement": a Measurement, "outputs": token ids per request}.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                seed=number,
+                max_tokens=self.tokens,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            for number in range(requests)
+        ]
+        prompts = [self.prompts[number % len(self.prompts)] for number in range(requests)]
+        entries: Counter[str] = Counter()
+
+        def stepped() -> float:
+            if self.paced:
+                entries[str(self.core.scheduler.pacer.entry)] += 1
+            return self.out
+
+        self.runs += 1
+        gc.collect()
+        before, began = self._counted(), perf_counter()
+        outputs, waits = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, batch, stepped)
+        seconds = perf_counter() - began
+        measurement = Measurement(
+            seconds=seconds,
+            requests=requests,
+            tokens=sum(map(len, outputs)),
+            first_token=median(waits),
+            entries=dict(entries),
+            **self._between(before, self._counted(), sum(map(len, outputs))),
+        )
+        return {"measurement": as_json(measurement), "outputs": outputs}
+
+    def _counted(self) -> Any:
+        """Sums since the engine's start."""
+        if self.speculates:
+            return asdict(self.core.scheduler.totals)
+        return self.forwards, self.pass_seconds
+
+    def _between(self, before: Any, after: Any, tokens: int) -> dict[str, Any]:
+        """What was counted between two values of `_counted`, as arguments of Measurement."""
+        if not self.speculates:
+            forwards, seconds = (late - early for early, late in zip(before, after, strict=True))
+            rows = self.loops * tokens
+            # Only on the CPU is a forward over when it returns.
+            seconds = seconds if self.runner.device.type == "cpu" else None
+            counts = {"passes": self.loops * forwards, "rows": rows, "lane_passes": rows, "committed": tokens}
+            return {**counts, "pass_seconds": seconds}
+        early, late = before["counts"], after["counts"]
+        return {
+            **{name: difference(late[name], early[name]) for name in KEPT},
+            "pass_seconds": late["seconds"] - early["seconds"],
+            "committed": after["committed"] - before["committed"],
+        }
+
+
+def answer(
+    engine: Any, name: str, prompts: list[list[int]], params: list[Any], batch: int, stepped: Callable[[], float]
+) -> tuple[list[list[int]], list[float]]:
+    """Have vLLM's LLMEngine answer all prompts (token ids), never more than `batch` at once.
+
+    name: no other call has it. stepped: called after each step, says when (`perf_counter`) its tokens left the engine.
+
+    Returns:
+        Per request its token ids, and the seconds from its arrival to its first token.
+    """
+    outputs: list[list[int]] = [[] for _ in prompts]
+    arrived, waits, running = [0.0] * len(prompts), [0.0] * len(prompts), 0
+    waiting = deque(range(len(prompts)))
+    while waiting or running:
+        while waiting and running < batch:
+            number = waiting.popleft()
+            arrived[number] = perf_counter()
+            engine.add_request(f"{name}-{number}", {"prompt_token_ids": prompts[number]}, params[number])
+            running += 1
+        news = engine.step()
+        out = stepped()
+        for output in news:
+            number = int(output.request_id.rpartition("-")[2])
+            if new := output.outputs[0].token_ids:
+                if not outputs[number]:
+                    waits[number] = out - arrived[number]
+                outputs[number] += new
+            running -= output.finished
+    return outputs, waits
+
+
+def difference(after: Any, before: Any) -> Any:
+    """after - before, of numbers or entry by entry of lists."""
+    if isinstance(after, list):
+        return [late - early for late, early in zip_longest(after, before, fillvalue=0)]
+    return after - before
+
+
+if __name__ == "__main__":
+    main()
