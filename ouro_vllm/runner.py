@@ -11,6 +11,7 @@ The burst of passes that drafts runs in `take_draft_token_ids`, which the engine
 on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token_ids`, before.
 """
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -99,7 +100,6 @@ class SelfSpeculation(KeyedDraws):
         self._lanes: list[Lane] = []
         self._own_step = self._due = False
         self._committed = 0
-        self._probabilities: dict[int, torch.Tensor] = {}
 
     # The engine's start.
 
@@ -126,7 +126,6 @@ class SelfSpeculation(KeyedDraws):
             embed=self.model.embed_input_ids,
             model=self._one_pass,
             choose=self._choose,
-            loops=self._loops,
         )
         self._waves = Waves(self._loops, self._burst, requests, machine)
 
@@ -279,51 +278,55 @@ class SelfSpeculation(KeyedDraws):
 
     # Readouts and draws.
 
-    def _choose(
-        self, hidden: torch.Tensor, lanes: list[int], positions: list[int], slots: list[int | None]
-    ) -> list[int]:
-        """Tokens [M] for hidden states [M, D]: what vLLM's sampler would take at `positions` of the batch's `lanes`.
+    def _choose(self, hidden: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> list[int]:
+        """Tokens [M] for hidden states [M, D] of (lane, row): what vLLM's sampler would take for the next position.
 
-        slots: where the draw's probabilities are to be kept, for rows at the last loop.
+        The probabilities of a draw that may become a draft stay with its row.
         """
         batch = self.input_batch
         logits = self.model.compute_logits(hidden).to(torch.float32)
-        for row, (lane, position) in enumerate(zip(lanes, positions, strict=True)):
-            state = self.requests[batch.req_ids[lane]]
-            if position - state.num_prompt_tokens < state.sampling_params.min_tokens:
-                logits[row, list(state.sampling_params.all_stop_token_ids)] = -torch.inf
+        random = []
+        for number, (lane, row) in enumerate(rows):
+            request = batch.req_ids[lane]
+            state = self.requests[request]
+            if row.position + 1 - state.num_prompt_tokens < state.sampling_params.min_tokens:
+                logits[number, list(state.sampling_params.all_stop_token_ids)] = -torch.inf
+            if request in batch.random_reqs:
+                random.append(number)
         tokens = logits.argmax(dim=-1)
-        random = [row for row, lane in enumerate(lanes) if batch.req_ids[lane] in batch.random_reqs]
         if random:
             metadata: SamplingMetadata = batch.sampling_metadata
-            rows = torch.tensor(random, device=self.device)
-            at = torch.tensor([lanes[row] for row in random], device=self.device)
-            scaled = logits[rows] / metadata.temperature[at, None]
-            top_k = None if metadata.top_k is None else metadata.top_k[at]
-            top_p = None if metadata.top_p is None else metadata.top_p[at]
+            drawn = torch.tensor(random, device=self.device)
+            lanes = torch.tensor([rows[number][0] for number in random], device=self.device)
+            scaled = logits[drawn] / metadata.temperature[lanes, None]
+            top_k = None if metadata.top_k is None else metadata.top_k[lanes]
+            top_p = None if metadata.top_p is None else metadata.top_p[lanes]
             scaled = apply_top_k_top_p(scaled, top_k, top_p)
-            probabilities = scaled.softmax(dim=-1, dtype=torch.float32)
-            for number, row in enumerate(random):
-                if slots[row] is not None:
-                    self._probabilities[slots[row]] = probabilities[number]
-            generators = {
-                number: self.generator(batch.req_ids[lanes[row]], positions[row]) for number, row in enumerate(random)
-            }
-            tokens[rows] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
+            proposing = 1 if self._textbook else self._loops
+            generators = {}
+            for place, number in enumerate(random):
+                lane, row = rows[number]
+                generators[place] = self.generator(batch.req_ids[lane], row.position + 1)
+                if row.depth + 1 == proposing:
+                    row.memo = scaled[place].softmax(dim=-1, dtype=torch.float32)
+            tokens[drawn] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
         return tokens.tolist()
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
-        """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one lacks."""
+        """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one lacks.
+
+        One lacks after a failure only. vLLM then judges the drafts as if they were certain, which leaves the
+        distribution as it is but not what a seed draws.
+        """
         batch = self.input_batch
-        if not batch.random_reqs or self._textbook:
+        if not batch.random_reqs:
             return None
         rows: list[torch.Tensor] = []
         for lane, drafts in zip(self._lanes, spec_decode_metadata.num_draft_tokens, strict=True):
-            held = lane.flight.rows[: lane.flight.held]
             if batch.req_ids[lane.index] not in batch.random_reqs:
-                rows += [torch.zeros(self.input_batch.vocab_size, device=self.device)] * drafts
+                rows += [torch.zeros(batch.vocab_size, device=self.device)] * drafts
                 continue
-            known = [self._probabilities[row.slot] for row in held[:drafts] if row.slot in self._probabilities]
+            known = [row.memo for row in lane.flight.rows[: lane.flight.held][:drafts] if row.memo is not None]
             if len(known) != drafts:
                 return None
             rows += known
@@ -372,6 +375,12 @@ class SelfSpeculation(KeyedDraws):
             self._drop_all()
             drafts = {}
         request_ids = list(self.input_batch.req_ids)
+        for index, request in enumerate(request_ids):
+            # vLLM bars stop tokens behind the drafts by the tokens before them: that one must not be past min_tokens.
+            state = self.requests[request]
+            barred = state.sampling_params.min_tokens - len(state.output_token_ids)
+            if barred > 0 and index in drafts:
+                drafts[index] = drafts[index][: barred - 1]
         return DraftTokenIds(request_ids, [drafts.get(index, []) for index in range(len(request_ids))])
 
     def _drop_all(self) -> None:
@@ -379,7 +388,6 @@ class SelfSpeculation(KeyedDraws):
         assert self._waves is not None
         for request in list(self._waves.flights):
             self._waves.forget(request)
-        self._probabilities.clear()
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:

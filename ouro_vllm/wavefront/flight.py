@@ -27,6 +27,7 @@ class Row:
     depth: loops it has run.
     since: the loop (1-based) of the first readout that was taken, 0 before.
     heard: its readouts, one per loop from that one on.
+    memo: what the machine wants to remember as long as the row is there.
     """
 
     position: int
@@ -35,6 +36,7 @@ class Row:
     depth: int = 0
     since: int = 0
     heard: list[int] = field(default_factory=list)
+    memo: object = None
 
 
 class Flight:

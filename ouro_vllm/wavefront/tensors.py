@@ -33,7 +33,7 @@ class Passes:
 
     embed: token ids [N] -> [N, D]. model: (positions [N], hidden [N, D], metadata, slots [N]) -> [N, D].
     metadata: vLLM's CommonAttentionMetadata -> what the attention backend reads.
-    choose: (hidden [M, D], batch rows, positions of the tokens to be chosen, slots or None per row) -> tokens [M].
+    choose: (hidden [M, D], M times (lane index, row)) -> tokens [M].
     """
 
     def __init__(
@@ -45,10 +45,9 @@ class Passes:
         device: torch.device,
         embed: Callable[[torch.Tensor], torch.Tensor],
         model: Callable[[torch.Tensor, torch.Tensor, CommonAttentionMetadata], torch.Tensor],
-        choose: Callable[[torch.Tensor, list[int], list[int], list[int | None]], list[int]],
-        loops: int,
+        choose: Callable[[torch.Tensor, Sequence[tuple[int, Row]]], list[int]],
     ) -> None:
-        self.block_size, self.device, self.loops = block_size, device, loops
+        self.block_size, self.device = block_size, device
         self.embed, self.model, self.choose = embed, model, choose
         self.pool = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
         self.step: Step | None = None
@@ -121,14 +120,8 @@ class Passes:
             step.chunk_hidden = output[len(rows) :]
         if not read:
             return []
-        picked = [rows[number] for number in read]
         seen = output if len(read) == output.shape[0] else output[torch.tensor(read).to(self.device)]
-        return self.choose(
-            seen,
-            [index for index, _ in picked],
-            [row.position + 1 for _, row in picked],
-            [row.slot if row.depth + 1 == self.loops else None for _, row in picked],
-        )
+        return self.choose(seen, [rows[number] for number in read])
 
     def kept(self, slots: Sequence[int]) -> torch.Tensor:
         """Hidden states [len(slots), D] of rows."""

@@ -1,0 +1,613 @@
+"""Self-speculation through vLLM: the answers are plain decoding's, whatever the batch, the cache or the request does.
+
+Float32, greedy unless said otherwise. `bank` holds prompts with the answers of a plain engine; a shorter answer to the
+same prompt is the beginning of the longer one, so most tests compare with the bank and start no plain engine of their
+own. Blocks are small (32 slots), so that every answer crosses several boundaries.
+"""
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from checkpoints import write
+from reference import Reference
+from test_exactness import assert_greedy, greedy, prompts
+
+TOKENS = 128
+NAMED = [1, 2, 31, 32, 33, 64, 65, 96, 97, 128, 129, 300, 512, 700]  # lengths that tests pick prompts by
+COUNT = 200
+SPECULATOR = {"method": "custom_class", "model": "ouro_vllm.SelfSpeculator"}
+EAGER = {"entry_loop": 1}
+ADAPTIVE = {}
+GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
+
+
+@dataclass
+class Drafts:
+    """What vLLM's scheduler saw of drafts, over an engine's life."""
+
+    proposed: int = 0
+    accepted: int = 0
+
+
+@contextmanager
+def drafting(engine, passes=8, ouro=EAGER, **options):
+    """A speculating engine with its `Drafts`. As eager as can be unless told otherwise: what is drafted then does not
+    depend on how fast this machine is."""
+    speculative = {**SPECULATOR, "num_speculative_tokens": passes}
+    options = {"block_size": 32, "max_num_seqs": 16, **options}
+    with engine(
+        *options.pop("args", ()), speculative_config=speculative, additional_config={"ouro": ouro}, **options
+    ) as llm:
+        drafts, scheduler = Drafts(), scheduler_of(llm)
+        observe = scheduler.make_spec_decoding_stats
+
+        def count(stats, *args, **figures):
+            drafts.proposed += figures["num_draft_tokens"]
+            drafts.accepted += figures["num_accepted_tokens"]
+            return observe(stats, *args, **figures)
+
+        scheduler.make_spec_decoding_stats = count
+        llm.drafts = drafts
+        yield llm
+
+
+def scheduler_of(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def runner_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def params(**given):
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0, "max_tokens": 48, "ignore_eos": True, "detokenize": False, **given})
+
+
+def ask(llm, asked, *given):
+    """Outputs for prompts of token ids; one SamplingParams for all or one for each."""
+    from vllm import TokensPrompt
+
+    given = list(given[0]) if isinstance(given[0], list) else given[0]
+    return llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in asked], given, use_tqdm=False)
+
+
+def tokens_of(outputs):
+    return [[list(completion.token_ids) for completion in output.outputs] for output in outputs]
+
+
+def serve(llm, arrivals, watch=lambda step: None):
+    """Requests that arrive at engine steps of their own: (step, prompt, SamplingParams) each. -> token ids, in order.
+
+    watch: called after each step with its number; may return the indices of requests to abort.
+    """
+    from vllm import TokensPrompt
+
+    engine, step, answers = llm.llm_engine, 0, {}
+    coming = sorted(enumerate(arrivals), key=lambda pair: pair[1][0])
+    while coming or engine.has_unfinished_requests():
+        while coming and coming[0][1][0] <= step:
+            index, (_, ids, wish) = coming.pop(0)
+            engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), wish)
+        for output in engine.step():
+            answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+        engine.abort_request([str(index) for index in watch(step) or ()])
+        step += 1
+    return [answers.get(index, []) for index in range(len(arrivals))]
+
+
+def assert_banked(llm, pairs, tokens=48, least=0.3):
+    """Greedy answers are the bank's, and at least this share of their tokens were drafts that vLLM accepted."""
+    before = llm.drafts.accepted
+    got = greedy(llm, [ids for ids, _ in pairs], tokens)
+    assert got == [answer[:tokens] for _, answer in pairs]
+    assert llm.drafts.accepted - before > least * tokens * len(pairs)
+
+
+def assert_idle(llm):
+    """Nothing is held for requests that are done."""
+    core = llm.llm_engine.engine_core.engine_core
+    core.step_fn()  # tells the runner of the last requests that finished
+    runner, waves = runner_of(llm), runner_of(llm)._waves
+    assert not runner.requests and not waves.flights and not runner._seeds
+    assert sorted(waves.free) == list(range(len(waves.free)))
+    assert len(waves.free) == waves.machine.pool.shape[0]
+    pool = core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # the null block
+
+
+@pytest.fixture(scope="module")
+def plain(engine):
+    with engine(block_size=32, max_num_seqs=COUNT, structured_outputs_config=GRAMMARS, max_logprobs=20) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def swift(engine):
+    """The speculating engine that most tests share: batches of up to 16."""
+    with drafting(engine, structured_outputs_config=GRAMMARS, max_logprobs=20) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def bank(plain, heldout):
+    """(prompt, plain answer of TOKENS tokens), COUNT of them; the first have the lengths NAMED."""
+    rng = random.Random(20)
+    asked = prompts(heldout, NAMED + [rng.randint(1, 60) for _ in range(COUNT - len(NAMED))], seed=21)
+    return list(zip(asked, greedy(plain, asked, TOKENS), strict=True))
+
+
+def named(bank, *lengths):
+    return [bank[NAMED.index(length)] for length in lengths]
+
+
+# Answers.
+
+
+def test_a_batch_of_sixteen(swift, bank):
+    """160 prompts, requests coming and going all the time; with the next two, 200 answers of 128 tokens."""
+    assert_banked(swift, bank[:160], TOKENS)
+    assert_idle(swift)
+
+
+def test_short_answers(swift, bank):
+    """1 to 5 tokens, all in one batch, and no draft beyond the last token."""
+    pairs = bank[80:120]
+    wishes = [params(max_tokens=1 + index % 5) for index in range(len(pairs))]
+    before = swift.drafts.proposed
+    answers = ask(swift, [ids for ids, _ in pairs], wishes)
+    assert tokens_of(answers) == [[answer[: 1 + index % 5]] for index, (_, answer) in enumerate(pairs)]
+    assert swift.drafts.proposed - before <= sum(index % 5 for index in range(len(pairs)))
+
+
+def test_aborts_in_mid_flight(swift, bank):
+    """Every third request goes at a step of its own; the others' answers, and what is held, do not show it."""
+    pairs = bank[40:70]
+    arrivals = [(number // 2, ids, params(max_tokens=100)) for number, (ids, _) in enumerate(pairs)]
+    answers = serve(swift, arrivals, watch=lambda step: [index for index in range(0, 30, 3) if index + 4 == step])
+    for index, (answer, (_, wanted)) in enumerate(zip(answers, pairs, strict=True)):
+        assert answer == wanted[: len(answer) if index % 3 == 0 else 100]
+    assert any(0 < len(answer) < 100 for answer in answers[::3])
+    assert_idle(swift)
+
+
+# What a request asks for.
+
+
+def assert_same(plain, swift, asked, wishes, drafts=True):
+    """Outputs of both engines, compared in all that users see. -> the plain ones"""
+    before = swift.drafts.accepted
+    wanted, got = ask(plain, asked, wishes), ask(swift, asked, wishes)
+    for one, other in zip(wanted, got, strict=True):
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            seen = [(x.text, list(x.token_ids), x.finish_reason, x.stop_reason) for x in (a, b)]
+            assert seen[0] == seen[1]
+    assert (swift.drafts.accepted > before) == drafts
+    return wanted
+
+
+def test_stop_tokens(plain, swift, bank):
+    """Answers that end at a token somewhere in the middle of a burst."""
+    pairs = bank[120:140]
+    wishes = [
+        params(max_tokens=TOKENS, stop_token_ids=[answer[20 + n], answer[60]]) for n, (_, answer) in enumerate(pairs)
+    ]
+    wanted = assert_same(plain, swift, [ids for ids, _ in pairs], wishes)
+    assert len({len(output.outputs[0].token_ids) for output in wanted}) > 5
+    assert all(output.outputs[0].finish_reason == "stop" for output in wanted)
+
+
+def test_stop_strings(plain, swift, bank):
+    """Texts end where they should. (Tokens behind the string in the same step stay listed, as vLLM does it.)"""
+    pairs = bank[120:132]
+    asked = [ids for ids, _ in pairs]
+    texts = [output.outputs[0].text for output in ask(plain, asked, params(max_tokens=60, detokenize=True))]
+    wishes = [params(max_tokens=60, detokenize=True, stop=[text[n + 40 : n + 44]]) for n, text in enumerate(texts)]
+    wanted, got = ask(plain, asked, wishes), ask(swift, asked, wishes)
+    for one, other, (_, answer) in zip(wanted, got, pairs, strict=True):
+        a, b = one.outputs[0], other.outputs[0]
+        assert (a.text, a.finish_reason, a.stop_reason) == (b.text, b.finish_reason, b.stop_reason)
+        assert a.finish_reason == "stop"
+        assert list(b.token_ids) == answer[: len(b.token_ids)]
+    assert_idle(swift)
+
+
+def test_end_of_sequence(plain, swift, bank):
+    """The model's own end of sequence, made likely by asking for a token that ends many answers early.
+
+    The bundled model seldom ends a text by itself within a few tokens; `min_tokens` bars its end until then.
+    """
+    pairs = bank[140:160]
+    common = [token for _, answer in pairs for token in answer]
+    often = max(set(common), key=common.count)
+    for least in (0, 1, 7, 40):
+        wishes = params(max_tokens=60, ignore_eos=False, stop_token_ids=[often], min_tokens=least)
+        wanted = assert_same(plain, swift, [ids for ids, _ in pairs], wishes)
+        lengths = [len(output.outputs[0].token_ids) for output in wanted]
+        assert min(lengths) >= least and len(set(lengths)) > 3
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+        {"bad_words": [" the", "and", ","], "detokenize": True},
+        {"allowed_token_ids": list(range(100, 900))},
+    ],
+    ids=lambda wish: next(iter(wish)),
+)
+def test_what_depends_on_earlier_tokens(plain, swift, bank, wish):
+    """Beside requests that are drafted for, in one batch."""
+    asked = [ids for ids, _ in bank[20:32]]
+    wishes = [params(**wish) if number % 2 else params() for number in range(len(asked))]
+    wanted = assert_same(plain, swift, asked, wishes)
+    assert [tokens for (tokens,) in tokens_of(wanted)][1::2] != [answer[:48] for _, answer in bank[21:32:2]]
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"regex": r"[A-Z][a-z]{3,12} is [0-9]{2,4} (years|days) old\."},
+        {
+            "json": {
+                "type": "object",
+                "properties": {"n": {"enum": [1, 20, 345]}, "s": {"enum": ["a", "b"]}},
+                "required": ["n", "s"],
+            }
+        },
+    ],
+    ids=lambda grammar: next(iter(grammar)),
+)
+def test_structured_output(plain, swift, bank, grammar):
+    import json
+    import re
+
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def wish(number):
+        shape = {"structured_outputs": StructuredOutputsParams(**grammar), "ignore_eos": False, "detokenize": True}
+        return params(max_tokens=64, **(shape if number % 2 else {}))
+
+    asked = [ids for ids, _ in bank[20:28]]
+    wanted = assert_same(plain, swift, asked, [wish(number) for number in range(8)])
+    for output in wanted[1::2]:
+        assert output.outputs[0].finish_reason == "stop"
+        if "regex" in grammar:
+            assert re.fullmatch(grammar["regex"], output.outputs[0].text)
+        else:
+            assert set(json.loads(output.outputs[0].text)) == {"n", "s"}
+
+
+@pytest.mark.parametrize("wish", [{"logit_bias": {5: 1.0}}, {"min_p": 0.1, "temperature": 1.0}], ids=["bias", "min_p"])
+def test_what_vllm_refuses_under_any_speculation(swift, bank, wish):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="min_p and logit_bias.*not yet supported with speculative"):
+        ask(swift, [bank[0][0]], params(**wish))
+
+
+def test_logprobs(plain, swift, bank):
+    asked = [ids for ids, _ in bank[:11]]
+    wanted, got = (ask(llm, asked, params(logprobs=5, prompt_logprobs=3)) for llm in (plain, swift))
+    assert tokens_of(wanted) == tokens_of(got)
+    for one, other in zip(wanted, got, strict=True):
+        pairs = [*zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True)]
+        assert len(pairs) == 48
+        pairs += zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True)
+        for a, b in pairs:
+            values = [sorted(entry.logprob for entry in each.values()) for each in (a, b)]
+            assert torch.allclose(*map(torch.tensor, values), atol=1e-4)
+        for token, a, b in zip(
+            one.outputs[0].token_ids, one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True
+        ):
+            assert abs(a[token].logprob - b[token].logprob) < 1e-4
+
+
+def test_one_request_without(swift, bank):
+    """Switched off for one request: its flight never runs ahead, and its neighbours speculate."""
+    pairs = bank[:6]
+    quiet = params(max_tokens=100, extra_args={"ouro_speculate": 0})
+    arrivals = [(0, ids, params(max_tokens=100) if index else quiet) for index, (ids, _) in enumerate(pairs)]
+    seen = {True: set(), False: set()}
+
+    def watch(step):
+        for request in scheduler_of(swift).running:
+            off = (request.sampling_params.extra_args or {}).get("ouro_speculate") == 0
+            rows = len(runner_of(swift)._waves.flights[request.request_id].rows)
+            seen[off].add((rows, len(request.spec_token_ids)))
+
+    assert serve(swift, arrivals, watch) == [answer[:100] for _, answer in pairs]
+    assert {drafts for _, drafts in seen[True]} == {0} and max(rows for rows, _ in seen[True]) <= 1
+    assert max(drafts for _, drafts in seen[False]) >= 2 and max(rows for rows, _ in seen[False]) > 2
+
+
+@pytest.mark.parametrize("value", ["no", 2, [1], None, 0.0])
+def test_wrong_wishes_are_refused(swift, bank, value):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="ouro_speculate.*must be 0 or 1"):
+        ask(swift, [bank[0][0]], params(extra_args={"ouro_speculate": value}))
+
+
+# Sampling.
+
+
+SAMPLED = [
+    {"temperature": 0.7},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 20},
+    {"temperature": 1.0, "top_p": 0.8, "top_k": 50},
+]
+
+
+def sampled(llm, asked, first_seed=100, **more):
+    """Every prompt with a seed of its own, the kinds of sampling taking turns."""
+    wishes = [params(**SAMPLED[n % len(SAMPLED)], seed=first_seed + n, **more) for n in range(len(asked))]
+    return [tokens for (tokens,) in tokens_of(ask(llm, asked, wishes))]
+
+
+@pytest.fixture(scope="module")
+def seeded(plain, bank):
+    """Plain answers of `sampled` to the bank's first prompts."""
+    return sampled(plain, [ids for ids, _ in bank[:12]])
+
+
+def test_a_seed_repeats_itself(plain, swift, bank, seeded):
+    """With speculation; alone and in a batch with greedy requests; and not with another seed."""
+    asked = [ids for ids, _ in bank[: len(seeded)]]
+    before = swift.drafts.accepted
+    assert sampled(swift, asked) == seeded
+    assert swift.drafts.accepted - before > 0.3 * 48 * len(asked)
+    for number in (2, 3, 4):
+        wish = params(**SAMPLED[number % len(SAMPLED)], seed=100 + number)
+        for llm in (plain, swift):
+            assert tokens_of(ask(llm, [asked[number]], wish)) == [[seeded[number]]]
+        mixed = ask(swift, [asked[0], asked[number], asked[1]], [params(), wish, params()])
+        assert tokens_of(mixed) == [[bank[0][1][:48]], [seeded[number]], [bank[1][1][:48]]]
+    others = sampled(swift, asked, first_seed=500)
+    assert all(one != other for one, other in zip(seeded, others, strict=True))
+
+
+def test_requests_without_a_seed_differ(swift, bank):
+    answers = tokens_of(ask(swift, [bank[3][0]] * 8, params(temperature=1.0)))
+    assert len({tuple(tokens) for (tokens,) in answers}) == 8
+
+
+def test_several_answers_to_one_request(plain, swift, bank):
+    asked = [ids for ids, _ in bank[3:7]]
+    wanted = assert_same(plain, swift, asked, params(temperature=0.7, seed=3, n=2))
+    assert all(one != other for one, other in tokens_of(wanted))
+
+
+def test_acceptance_of_sampled_drafts(swift, bank):
+    """Drafts that the last loop settled are not thrown away: as good as greedy ones."""
+    shares = []
+    for temperature in (0, 0.7):
+        before = Drafts(swift.drafts.proposed, swift.drafts.accepted)
+        ask(swift, [ids for ids, _ in bank[150:180]], params(temperature=temperature))
+        proposed = swift.drafts.proposed - before.proposed
+        assert proposed > 400
+        shares.append((swift.drafts.accepted - before.accepted) / proposed)
+    assert shares[1] >= shares[0] - 0.03
+
+
+# What is held, and for how long.
+
+
+def test_many_requests_leave_nothing_behind(swift, heldout):
+    """2,000 requests, some seeded, some aborted, some sampled."""
+    rng = random.Random(30)
+    kinds = [
+        params(),
+        params(temperature=0.7),
+        params(temperature=1.0, seed=5),
+        params(extra_args={"ouro_speculate": 0}),
+    ]
+    arrivals = []
+    for number, ids in enumerate(prompts(heldout, [rng.randint(1, 8) for _ in range(2000)], seed=31)):
+        wish = kinds[rng.randrange(4)].clone()
+        wish.max_tokens = rng.randint(1, 4)
+        arrivals.append((number // 8, ids, wish))
+    blocks = scheduler_of(swift).kv_cache_manager.block_pool.num_gpu_blocks
+    sizes = []
+
+    def watch(step):
+        runner = runner_of(swift)
+        sizes.append((len(runner._waves.flights), len(runner._seeds), len(runner.requests)))
+        return [rng.randrange(8 * step, 8 * step + 8)] if step % 5 == 0 and step < 250 else ()
+
+    answers = serve(swift, arrivals, watch)
+    assert 1900 < sum(map(bool, answers)) < 2000
+    assert max(max(size) for size in sizes) <= 32  # those that run, and those that just ended
+    assert_idle(swift)
+    assert scheduler_of(swift).kv_cache_manager.block_pool.num_gpu_blocks == blocks
+
+
+def test_blocks_held(engine, swift, plain, bank):
+    """Per loop no more slots than plain decoding's, but for passes + R - 1 of lookahead; in the same memory."""
+    passes, loops = 8, 4
+    managers = scheduler_of(swift).kv_cache_manager.coordinator.single_type_managers
+    assert len(managers) == loops
+    most = []
+
+    def watch(step):
+        for request in scheduler_of(swift).running:
+            held = [len(manager.req_to_blocks[request.request_id]) for manager in managers]
+            needed = request.num_tokens  # what plain decoding needs for its next step
+            assert max(held) <= -(-(needed + passes + loops - 1) // 32)
+            most.append(max(held))
+
+    pairs = bank[:8]
+    arrivals = [(0, ids, params(max_tokens=TOKENS)) for ids, _ in pairs]
+    assert serve(swift, arrivals, watch) == [answer for _, answer in pairs]
+    assert len(set(most)) > 5
+    one, other = (llm.llm_engine.vllm_config.cache_config.num_gpu_blocks for llm in (plain, swift))
+    assert loops * one <= other <= loops * (one + 1)
+
+
+@pytest.mark.parametrize("where", ["burst", "forward"])
+def test_a_failure_costs_no_request(swift, bank, monkeypatch, where):
+    """One pass raises. Answers are the same; later steps draft again."""
+    pairs = bank[:10]
+    machine = runner_of(swift)._waves.machine
+    run, calls, later = machine.run, [], []
+
+    def broken(rows, read, chunks, loop):
+        # Passes of a burst are of no loop in particular.
+        if not chunks and (loop == 0) == (where == "burst"):
+            calls.append(len(rows))
+            if len(calls) == 5:
+                raise RuntimeError("broken on purpose")
+        return run(rows, read, chunks, loop)
+
+    def watch(step):
+        if len(calls) > 5:
+            later.append(sum(len(request.spec_token_ids) for request in scheduler_of(swift).running))
+
+    monkeypatch.setattr(machine, "run", broken)
+    arrivals = [(0, ids, params(max_tokens=100)) for ids, _ in pairs]
+    assert serve(swift, arrivals, watch) == [answer[:100] for _, answer in pairs]
+    assert len(calls) > 5 and max(later) > len(pairs)
+    assert_idle(swift)
+
+
+# Engines of their own from here on: the end of one is the end of what all share (see `running`), so these come last.
+
+
+@pytest.mark.parametrize(("batch", "first", "last"), [(4, 160, 188), (1, 188, 200)])
+def test_smaller_batches(engine, bank, batch, first, last):
+    with drafting(engine, ouro=ADAPTIVE, max_num_seqs=batch) as llm:
+        assert_banked(llm, bank[first:last], TOKENS, least=0)
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("entry", [2, 4])
+def test_every_entry_loop(engine, bank, entry):
+    with drafting(engine, ouro={"entry_loop": entry}) as llm:
+        assert_banked(llm, bank[:8], 40, least=0.1)
+
+
+def test_draft_then_verify(engine, bank):
+    with drafting(engine, passes=3, ouro={"speculation": "draft-verify"}) as llm:
+        assert_banked(llm, bank[:10], 40)
+        assert llm.drafts.accepted < llm.drafts.proposed  # shallow drafts are wrong at times, and vLLM says so
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("passes", [1, 3, 20])
+def test_passes_per_step(engine, bank, passes):
+    with drafting(engine, passes=passes) as llm:
+        assert_banked(llm, bank[:8], 40, least=0.1)
+
+
+@pytest.mark.parametrize("loops", [2, 6, 16])
+def test_other_depths(engine, reference, bank, loops):
+    asked = [ids for ids, _ in bank[:5]]
+    with drafting(engine, ouro={**EAGER, "max_loops": loops}) as llm:
+        answers = greedy(llm, asked, 32)
+        assert llm.drafts.accepted
+    assert_greedy(reference, asked, answers, loops)
+
+
+@pytest.mark.parametrize("loops", [2, 5])
+def test_other_checkpoints(engine, tmp_path, loops):
+    """Random weights, whose early loops agree with the last by chance only: nearly every draft is dropped."""
+    folder = write(tmp_path, seed=loops, total_ut_steps=loops, num_key_value_heads=2)
+    generator = torch.Generator().manual_seed(1)
+    asked = [torch.randint(163, (n,), generator=generator).tolist() for n in (1, 2, 33, 129)]
+    with drafting(engine, args=(folder,), skip_tokenizer_init=True, max_model_len=256) as llm:
+        answers = greedy(llm, asked, 32)
+        counts = scheduler_of(llm).totals.counts
+    assert counts.dropped > counts.finished / 2
+    assert_greedy(Reference(folder), asked, answers)
+
+
+def test_chunked_prefill_while_others_decode(engine, bank):
+    """Steps of at most 50 tokens: prompts come in odd pieces, and requests arrive at steps of their own."""
+    pairs = [*named(bank, 1, 700, 33, 300, 129), *bank[20:26]]
+    arrivals = [(5 * number, ids, params(max_tokens=64)) for number, (ids, _) in enumerate(pairs)]
+    with drafting(engine, max_num_batched_tokens=50, max_num_seqs=5, enable_prefix_caching=False) as llm:
+        assert serve(llm, arrivals) == [answer[:64] for _, answer in pairs]
+        assert llm.drafts.accepted > len(pairs) * 64 * 0.2
+
+
+@pytest.mark.parametrize("speculating", [True, False])
+def test_a_seed_repeats_itself_with_chunked_prefill(engine, bank, seeded, speculating):
+    asked = [ids for ids, _ in bank[: len(seeded)]]
+    with (drafting if speculating else lambda start, **options: start(**options))(
+        engine, max_num_batched_tokens=40, max_num_seqs=8
+    ) as llm:
+        assert sampled(llm, asked) == seeded
+
+
+def test_prefix_cache_hits(engine, reference, bank):
+    """The same prompts again, and second turns that continue the answers."""
+    pairs = named(bank, 32, 33, 64, 65, 96, 97, 128, 129)
+    asked, wanted = [ids for ids, _ in pairs], [answer[:44] for _, answer in pairs]
+    with drafting(engine) as llm:
+        first, again = (ask(llm, asked, params(max_tokens=44)) for _ in range(2))
+        turns = [ids + answer + asked[0] for ids, answer in zip(asked, wanted, strict=True)]
+        hits = ask(llm, turns, params(max_tokens=24))
+        assert llm.drafts.accepted > 200
+    # A prompt of whole blocks and one token is cached but for that one: it is admitted with a single row.
+    assert [output.num_cached_tokens for output in again] == [(len(ids) - 1) // 32 * 32 for ids in asked]
+    assert [tokens for (tokens,) in tokens_of(first)] == [tokens for (tokens,) in tokens_of(again)] == wanted
+    # What the answers' tokens wrote is as good as what a prompt's would have. (The last step's are not published.)
+    assert all(
+        output.num_cached_tokens >= (len(ids) + 35) // 32 * 32 > len(ids) // 32 * 32
+        for output, ids in zip(hits, asked, strict=True)
+    )
+    assert_greedy(reference, turns, [tokens for (tokens,) in tokens_of(hits)])
+
+
+def test_twins_in_one_step(engine, bank):
+    """The same new prompt three times in one step, and once more in each of the next steps."""
+    pairs = [pair for pair in named(bank, 64, 65, 129, 300) for _ in range(6)]
+    arrivals = [
+        (number // 6 * 8 + max(0, number % 6 - 2), ids, params(max_tokens=32)) for number, (ids, _) in enumerate(pairs)
+    ]
+    with drafting(engine, max_num_seqs=24) as llm:
+        assert serve(llm, arrivals) == [answer[:32] for _, answer in pairs]
+        assert llm.drafts.accepted > 300
+
+
+def test_preemption(engine, bank):
+    """Seven requests in a cache for about three: they lose their blocks in mid-flight and are computed again."""
+    pairs, lost = bank[30:37], []
+    with drafting(engine, num_gpu_blocks_override=4 * 18, max_model_len=256) as llm:
+        scheduler = scheduler_of(llm)
+        preempt = scheduler._preempt_request
+        scheduler._preempt_request = lambda request, *args, **more: (
+            lost.append(request.num_output_tokens),
+            preempt(request, *args, **more),
+        )
+        assert_banked(llm, pairs, TOKENS, least=0.1)
+        assert_idle(llm)
+    assert any(lost)
+
+
+def test_end_of_context(engine, bank):
+    """Answers that the context ends, beside answers that end before: the others go on speculating."""
+    pairs = [*named(bank, 1, 2, 96, 97, 128, 129), *bank[70:73]]
+    with drafting(engine, max_model_len=131, max_num_seqs=4) as llm:
+        outputs = ask(llm, [ids for ids, _ in pairs], params(max_tokens=None))
+        for output, (ids, answer) in zip(outputs, pairs, strict=True):
+            (tokens,) = tokens_of([output])[0]
+            assert len(ids) + len(tokens) == 131 and output.outputs[0].finish_reason == "length"
+            assert tokens[:TOKENS] == answer[: len(tokens)]
+        assert llm.drafts.accepted > 300
+        assert_idle(llm)
+
+
+def test_tensor_parallel(engine, bank, monkeypatch):
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed for two workers")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with drafting(engine, ouro=ADAPTIVE, tensor_parallel_size=2) as llm:
+        assert_banked(llm, bank[10:18], least=0)

@@ -1,0 +1,114 @@
+"""Servers that cannot self-speculate are refused with the setting and the mend, from the configuration alone."""
+
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import write
+
+from ouro_vllm import SelfSpeculator
+from ouro_vllm.speculation import MOST_PASSES, SPECULATOR
+from ouro_vllm.speculator import SelfSpeculator as Defined
+
+SETTING = {"method": "custom_class", "model": SPECULATOR, "num_speculative_tokens": 8}
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """vLLM's configuration of a server for a checkpoint without weights: nothing can have been loaded."""
+
+    def build(changes=None, speculative=None, **options):
+        from vllm.engine.arg_utils import EngineArgs
+
+        folder = write(tmp_path, **(changes or {}))
+        (folder / "model.safetensors").unlink()
+        given = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True}
+        speculative = {**SETTING, **(speculative or {})}
+        return EngineArgs(
+            model=str(folder), speculative_config=speculative, **{**given, **options}
+        ).create_engine_config()
+
+    return build
+
+
+def test_what_works_gets_our_worker_and_scheduler(configured):
+    config = configured(additional_config={"ouro": {"entry_loop": 2}})
+    assert config.parallel_config.worker_cls.startswith("ouro_vllm.workers.Ouro")
+    assert config.scheduler_config.scheduler_cls == "ouro_vllm.scheduler.OuroScheduler"
+    assert not config.scheduler_config.async_scheduling
+
+
+@pytest.mark.parametrize("passes", [1, MOST_PASSES])
+def test_the_ends_of_the_range_of_passes_are_in_it(configured, passes):
+    assert configured(speculative={"num_speculative_tokens": passes}).num_speculative_tokens == passes
+
+
+@pytest.mark.parametrize("loops", [2, 16])
+def test_any_depth_from_two_loops_on(configured, loops):
+    assert configured(additional_config={"ouro": {"max_loops": loops}}).speculative_config is not None
+
+
+@pytest.mark.parametrize(
+    ("speculative", "named"),
+    [
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens.*greater than 0"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens.*greater than 0"),
+        ({"num_speculative_tokens": MOST_PASSES + 1}, "num_speculative_tokens.*from 1 to 128; got 129"),
+        ({"num_speculative_tokens": 2.5}, "num_speculative_tokens.*integer"),
+        ({"method": "ngram", "model": None, "prompt_lookup_max": 3}, f"method 'ngram'.*must be.*{SPECULATOR}"),
+        ({"model": "some.other.Proposer"}, f"model 'some.other.Proposer'.*must be.*{SPECULATOR}"),
+    ],
+)
+def test_speculative_config_that_makes_no_sense(configured, speculative, named):
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        configured(speculative=speculative)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "named"),
+    [
+        ({"total_ut_steps": 1}, {}, "no early loops.*Start without --speculative-config, or raise max_loops"),
+        ({}, {"additional_config": {"ouro": {"max_loops": 1}}}, "no early loops.*raise max_loops"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": 0}}}, "`ouro.entry_loop` is 0.*1 to 3"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": 4}}}, "`ouro.entry_loop` is 4.*1 to 3"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": True}}}, "`ouro.entry_loop` is True.*1 to 3"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": 4, "max_loops": 3}}}, "`ouro.entry_loop` is 4.*1 to 3"),
+        (
+            {},
+            {"additional_config": {"ouro": {"speculation": "ngram"}}},
+            "`ouro.speculation` is 'ngram'.*\"draft-verify\"",
+        ),
+        ({}, {"additional_config": {"ouro": {"speculation": ["wavefront"]}}}, r"`ouro.speculation` is \['wavefront'\]"),
+        ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager.*Start without"),
+        ({}, {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls 'vllm.v1.worker.*Start without"),
+        ({}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls.*Start without"),
+    ],
+)
+def test_setups_that_cannot_speculate(configured, changes, options, named):
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        configured(changes, **options)
+
+
+def test_pipeline_parallel(configured):
+    """vLLM looks at the drafter's model, which is this one, before it asks us, and says so in its own words."""
+    with pytest.raises(NotImplementedError, match="Pipeline parallelism is not supported for this model"):
+        configured(pipeline_parallel_size=2)
+
+
+def test_a_platform_without_our_worker(configured):
+    from ouro_vllm.speculation import check
+
+    with pytest.raises(ValueError, match="another platform.*Start without"):
+        check(configured(), known_platform=False)
+
+
+def test_another_model_is_no_ouro():
+    assert SelfSpeculator is Defined
+    config = SimpleNamespace(model_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
+    with pytest.raises(ValueError, match="drafts for OuroForCausalLM.*LlamaForCausalLM"):
+        SelfSpeculator(config)
+
+
+def test_another_runner_is_told_what_to_change():
+    config = SimpleNamespace(model_config=SimpleNamespace(architectures=["OuroForCausalLM"]))
+    with pytest.raises(RuntimeError, match="without --worker-cls.*VLLM_USE_V2_MODEL_RUNNER unset"):
+        SelfSpeculator(config).propose()
