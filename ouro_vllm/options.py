@@ -26,7 +26,8 @@ class OuroOptions:
     max_loops: loops of the stack per token, 1 to MOST_LOOPS. Above the checkpoint's `total_ut_steps` is extrapolation.
     fix_special_tokens: put right the special tokens of chat checkpoints that ship bos, eos and pad all the same.
     speculation: how a server with `SelfSpeculator` drafts, one of SPECULATION.
-    entry_loop: loops a row has run when its readout is fed, 1 to max_loops; None lets the server choose as it measures.
+    entry_loop: loops a row has run when its readout is fed, 1 to max_loops; 0 is 1, and feeds guesses from the
+        request's own text too; None lets the server choose as it measures.
     """
 
     max_loops: int
@@ -63,8 +64,8 @@ class OuroOptions:
         if speculation not in SPECULATION:
             raise OptionError(_wrong("speculation", speculation, " or ".join(f'"{name}"' for name in SPECULATION)))
         entry = given.get("entry_loop")
-        if entry is not None and (isinstance(entry, bool) or not isinstance(entry, int) or not 1 <= entry <= loops):
-            raise OptionError(_wrong("entry_loop", entry, f"a whole number from 1 to {loops}, the server's loops"))
+        if entry is not None and (isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry <= loops):
+            raise OptionError(_wrong("entry_loop", entry, f"a whole number from 0 to {loops}, the server's loops"))
         return cls(max_loops=loops, fix_special_tokens=fix, speculation=speculation, entry_loop=entry)
 
 

@@ -30,6 +30,7 @@ from ouro_vllm.names import PLUGIN
 from ouro_vllm.noise import key
 from ouro_vllm.options import OuroOptions, speculates
 from ouro_vllm.wavefront.flight import Flight, Row
+from ouro_vllm.wavefront.lookup import Lookup
 from ouro_vllm.wavefront.pacing import Pace, StepReport
 from ouro_vllm.wavefront.tensors import Passes, Step
 from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
@@ -99,6 +100,7 @@ class SelfSpeculation(KeyedDraws):
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
         self._own_step = self._due = False
+        self._lookups: dict[str, Lookup] = {}
         self._committed = 0
 
     # The engine's start.
@@ -160,6 +162,7 @@ class SelfSpeculation(KeyedDraws):
         if self._waves:
             for request in lost:
                 self._waves.forget(request)
+                self._lookups.pop(request, None)
         self._pace = getattr(scheduler_output, PLUGIN, self._pace)
         return super()._update_states(scheduler_output)
 
@@ -219,7 +222,8 @@ class SelfSpeculation(KeyedDraws):
             if claimed < count:
                 chunks.append(Chunk(index, start, count - claimed, where))
             follows = not discarded[index] and speculates(state.sampling_params)
-            lanes.append(Lane(index, flight, follows, self._pace.entry))
+            lookup = self._lookup(request, index, start + count) if follows else None
+            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup))
             layout += range(where + count - claimed, where + count)
             where += count
         machine.step = Step(self._tables())
@@ -237,6 +241,15 @@ class SelfSpeculation(KeyedDraws):
             hidden[chunk.where : chunk.where + chunk.tokens] = machine.step.chunk_hidden[done : done + chunk.tokens]
             done += chunk.tokens
         return hidden
+
+    def _lookup(self, request: str, index: int, known: int) -> Lookup | None:
+        """What has been committed of the request, if lookups are fed; known: tokens scheduled so far."""
+        if self._pace.entry:
+            return None
+        lookup = self._lookups.setdefault(request, Lookup())
+        committed = min(known, int(self.input_batch.num_tokens_no_spec[index]))
+        lookup.extend(self.input_batch.token_ids_cpu[index, len(lookup.tokens) : committed].tolist())
+        return lookup
 
     def _limit(self, index: int, flight: Flight, state: Any) -> None:
         """How far rows may run ahead of what is committed: allocated slots, the answer's length, its end."""
@@ -348,6 +361,9 @@ class SelfSpeculation(KeyedDraws):
             if not sampled:
                 continue
             flight, position = lane.flight, int(lengths[lane.index]) - 1
+            if lane.lookup is not None:
+                tokens = self.input_batch.token_ids_cpu[lane.index]
+                lane.lookup.extend(tokens[len(lane.lookup.tokens) : position + 1].tolist())
             self._committed += len(sampled)
             if sampled[-1] in flight.stops or position >= flight.end:
                 self._waves.free += flight.clear()
@@ -366,7 +382,7 @@ class SelfSpeculation(KeyedDraws):
             lanes = [lane for lane in self._lanes if lane.speculates]
             if self._textbook:
                 self._waves.draft(lanes, self._burst)
-                drafts = {lane.index: lane.flight.guessed(self._burst) for lane in lanes}
+                drafts = {lane.index: lane.flight.unsettled(self._burst) for lane in lanes}
             else:
                 self._waves.burst(lanes, self._pace.passes)
                 drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}

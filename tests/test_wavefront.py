@@ -445,7 +445,7 @@ class Engine:
         """As `SelfSpeculation.take_draft_token_ids`."""
         if self.textbook:
             assert self.waves.draft(lanes, self.passes) <= self.passes
-            return {lane.index: lane.flight.guessed(self.passes) for lane in lanes}
+            return {lane.index: lane.flight.unsettled(self.passes) for lane in lanes}
         assert self.waves.burst(lanes, passes) <= passes
         return {lane.index: lane.flight.settled(self.passes) for lane in lanes}
 
@@ -766,7 +766,7 @@ def test_settled_are_the_tokens_decided_whose_rows_lack_one_loop_at_most():
     flight.rows[1].depth, flight.rows[2].depth = 4, 3
     assert flight.settled(9) == [2, 3]
     assert flight.settled(1) == [2]
-    assert flight.guessed(9) == [2, 3, 4]
+    assert flight.unsettled(9) == [2, 3, 4]
 
 
 def test_held_rows_are_not_dropped_until_a_burst():

@@ -28,6 +28,7 @@ class Row:
     since: the loop (1-based) of the first readout that was taken, 0 before.
     heard: its readouts, one per loop from that one on.
     memo: what the machine wants to remember as long as the row is there.
+    guessed: its token came from a lookup, not from a readout.
     """
 
     position: int
@@ -37,10 +38,11 @@ class Row:
     since: int = 0
     heard: list[int] = field(default_factory=list)
     memo: object = None
+    guessed: bool = False
 
 
 class Flight:
-    """The rows of one request, oldest first, at consecutive positions and falling depth.
+    """The rows of one request, oldest first, at consecutive positions; none is deeper than the one before it.
 
     Attributes:
         rows: what is under way.
@@ -96,7 +98,7 @@ class Flight:
     def boarding(self, entry: int) -> tuple[int, int] | None:
         """(position, token) that enters with the next pass, None if none does.
 
-        entry: loops that a row must have run before its readout is worth feeding.
+        entry: loops that a row must have run before its readout is worth feeding; 0 counts as 1 here.
         """
         if self.waiting is not None:
             return self.waiting
@@ -114,6 +116,10 @@ class Flight:
         self.rows.append(row)
         self.waiting = None
         return row
+
+    def tail(self, length: int) -> list[int]:
+        """The newest tokens under way, at most `length`."""
+        return [row.token for row in self.rows[-length:]]
 
     def review(self) -> list[Row]:
         """After a pass: where a row now proposes another token than its follower is, the followers leave.
@@ -133,12 +139,12 @@ class Flight:
         Their rows cost the next forward one pass or none. At most `most` of them.
         """
         tokens = []
-        for row in self.rows[1 : most + 1]:
-            if row.depth < self.loops - 1:
+        for older, row in zip(self.rows, self.rows[1 : most + 1], strict=False):
+            if older.depth < self.loops or row.depth < self.loops - 1:
                 break
             tokens.append(row.token)
         return tokens
 
-    def guessed(self, most: int) -> list[int]:
+    def unsettled(self, most: int) -> list[int]:
         """All tokens behind the oldest, decided or not: the drafts of textbook draft-then-verify."""
         return [row.token for row in self.rows[1 : most + 1]]

@@ -1,7 +1,8 @@
 """How eager the wavefront is, chosen from measured figures.
 
-The choice is `entry`: how many loops a row must have run before its readout is fed. 1 commits most per pass and runs
-the most rows; R feeds only decided tokens: plain decoding, with the passes of several tokens in one engine step.
+The choice is `entry`: how many loops a row must have run before its readout is fed. 1 commits most per pass of what
+early loops draft and runs the most rows; 0 adds guesses from the request's own text (`lookup`); R feeds only decided
+tokens: plain decoding, with the passes of several tokens in one engine step.
 Rows are nearly free while a pass is bound by reading weights and cost time in proportion once it is bound by computing,
 so the best choice depends on the machine, the model and the batch. Pure Python.
 """
@@ -10,11 +11,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-from ouro_vllm.wavefront.waves import Counts
+from ouro_vllm.wavefront.waves import GUESSES, Counts
 
 LATEST = 31  # passes that a median is taken over
 TOKENS = 2000.0  # finished rows that the agreement is averaged over
 PRIOR = 16.0  # weight, in rows, of the agreement assumed before any was seen
+GUESSED = 0.4  # lookups per token assumed before any was made, half of them right
 GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
 
@@ -23,7 +25,7 @@ LOOK = 64  # steps between looks at how another entry does
 class Pace:
     """What the scheduler decides and ships with its output, so that all ranks do the same.
 
-    entry: see `Flight.boarding`. passes: of the burst after this step.
+    entry: see `Lane`. passes: of the burst after this step.
     """
 
     entry: int
@@ -45,14 +47,21 @@ class StepReport:
         self.in_flight = other.in_flight
 
 
-def passes_per_token(settled: list[float], entry: int) -> float:
-    """settled: chance, per loop from the first, that a readout is final from there on. Of a long answer."""
-    return sum(chance * max(entry, loop) for loop, chance in enumerate(settled, 1))
+def passes_per_token(settled: list[float], entry: int, hits: float = 0.0) -> float:
+    """Of a long answer. settled: chance, per loop from the first, that a readout is final from there on.
+
+    hits: share of tokens that a lookup guesses right; each saves the pass before the readout, where entry is 0.
+    """
+    return sum(chance * max(entry, loop) for loop, chance in enumerate(settled, 1)) - (hits if entry == 0 else 0.0)
 
 
-def rows_per_token(settled: list[float], entry: int) -> float:
-    """Rows computed per token: R of use, and those that a wrong readout brought in before it was corrected."""
-    wasted = 0.0
+def rows_per_token(settled: list[float], entry: int, misses: float = 0.0) -> float:
+    """Rows computed per token: R of use, and those that a wrong readout brought in before it was corrected.
+
+    misses: lookups per token that guess wrong; each runs one loop before it is found out, where entry is 0.
+    """
+    wasted = misses if entry == 0 else 0.0
+    entry = max(1, entry)
     for loop, chance in enumerate(settled, 1):
         wasted += chance * sum(1 + age // entry for age in range(loop - entry))
     return len(settled) + wasted
@@ -116,7 +125,9 @@ class Pacer:
     def __post_init__(self) -> None:
         weights = [1.0 / (loop + 1) ** 2 for loop in range(self.loops)]
         self.settled = [PRIOR * weight / sum(weights) for weight in weights]
-        self.entry = self.fixed or 1
+        self.looked = PRIOR  # finished rows of steps that looked up
+        self.guesses, self.hits = GUESSED * PRIOR, GUESSED * PRIOR / 2
+        self.entry = 0 if self.fixed is None else self.fixed
         self.steps = 0
 
     def learn(self, report: StepReport) -> None:
@@ -126,9 +137,16 @@ class Pacer:
             self.cost.learn(rows, seconds)
         for loop, count in enumerate(counts.settled):
             self.settled[loop] += count
+        if counts.guesses:  # only steps that looked up say how well that goes
+            self.guesses += counts.guesses
+            self.hits += counts.hits
+            self.looked += counts.finished
         total = sum(self.settled)
         if total > TOKENS:
             self.settled = [count * TOKENS / total for count in self.settled]
+        if self.looked > TOKENS:
+            share = TOKENS / self.looked
+            self.guesses, self.hits, self.looked = self.guesses * share, self.hits * share, TOKENS
 
     def chances(self) -> list[float]:
         """Per loop from the first: how often a readout was final from that loop on."""
@@ -137,22 +155,23 @@ class Pacer:
 
     def seconds_per_token(self, entry: int, lanes: int) -> float:
         """Expected time per step in which each of `lanes` requests gets one token."""
-        chances = self.chances()
-        passes = passes_per_token(chances, entry)
-        return passes * self.cost.of(lanes * rows_per_token(chances, entry) / passes)
+        chances, hits = self.chances(), self.hits / self.looked
+        passes = max(passes_per_token(chances, entry, hits), 1 / (1 + GUESSES))
+        misses = max(0.0, self.guesses / self.looked - hits)
+        return passes * self.cost.of(lanes * rows_per_token(chances, entry, misses) / passes)
 
     def decide(self, lanes: int, hurry: bool) -> Pace:
         """lanes: requests that decode. hurry: someone waits for the next step, so no burst may come before it."""
         if self.fixed is not None or not lanes:
             return Pace(self.entry, 0 if hurry else self.passes)
-        times = {entry: self.seconds_per_token(entry, lanes) for entry in range(1, self.loops + 1)}
+        times = {entry: self.seconds_per_token(entry, lanes) for entry in range(self.loops + 1)}
         best = min(times, key=times.__getitem__)
         if times[best] < (1 - GAIN) * times[self.entry]:
             self.entry = best
         self.steps += 1
         entry = self.entry
         if self.steps % LOOK == 0:
-            # Agreement is only heard of where every readout is fed; what other entries' passes cost, where they run.
-            others = [1, min(entry + 1, self.loops), max(entry - 1, 1)]
+            # Agreement is only heard of where every readout is fed, hits where lookups are, costs where passes run.
+            others = [1, min(entry + 1, self.loops), 0]
             entry = others[self.steps // LOOK % len(others)]
         return Pace(entry, 0 if hurry else self.passes)

@@ -9,6 +9,9 @@ from time import perf_counter
 from typing import Protocol
 
 from ouro_vllm.wavefront.flight import Flight, Row
+from ouro_vllm.wavefront.lookup import LONGEST, Lookup
+
+GUESSES = 3  # most rows per request that enter on a lookup in one pass
 
 
 @dataclass(slots=True)
@@ -18,13 +21,15 @@ class Lane:
     index: its row in the batch's block tables.
     flight: its rows under way.
     speculates: False where only the tokens vLLM scheduled may run.
-    entry: loops before a readout is fed (see `Flight.boarding`).
+    entry: loops before a readout is fed (see `Flight.boarding`); 0 feeds lookups too, before there is a readout.
+    lookup: what has been committed, if entry may be 0.
     """
 
     index: int
     flight: Flight
     speculates: bool = True
     entry: int = 1
+    lookup: Lookup | None = None
 
 
 @dataclass(slots=True)
@@ -63,6 +68,8 @@ class Counts:
     lane_passes: int = 0  # the same, counted once per request that had rows in the pass
     restarts: int = 0  # times that followers left because a deeper readout disagreed
     finished: int = 0  # rows that ran all loops, after which their next token is known
+    guesses: int = 0  # rows that entered on a lookup
+    hits: int = 0  # of the finished: entered on a lookup
     agreed: list[int] = field(default_factory=list)  # of the finished: readout at loop r + 1 was that of the last loop
     judged: list[int] = field(default_factory=list)  # of the finished: there was a readout at loop r + 1
     settled: list[int] = field(default_factory=list)  # of the finished and read at every loop: settled by loop r + 1
@@ -71,7 +78,7 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Take in another's sums; its single passes (`shapes`) are not kept."""
-        for name in ("passes", "rows", "dropped", "lane_passes", "restarts", "finished", "seconds"):
+        for name in ("passes", "rows", "dropped", "lane_passes", "restarts", "finished", "guesses", "hits", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("agreed", "judged", "settled"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -187,6 +194,8 @@ class Waves:
                 boarding = flight.boarding(entry)
                 if boarding and (flight.waiting is not None or len(flight.rows) < self.most):
                     flight.board(self.free.pop(), *boarding)
+            if entry == 0 and speculates and lane.lookup is not None:
+                self._guess(flight, lane.lookup)
             last = len(flight.rows) - 1
             for index, row in enumerate(flight.rows):
                 if row.depth == self.loops:
@@ -205,6 +214,20 @@ class Waves:
                 self.counts.dropped += len(left)
                 self.free += [row.slot for row in left]
         return True
+
+    def _guess(self, flight: Flight, lookup: Lookup) -> None:
+        """Let guesses enter behind a row that enters itself, all to run the first loop in this pass."""
+        for _ in range(GUESSES):
+            newest = flight.rows[-1] if flight.rows else None
+            if newest is None or newest.depth or newest.position + 1 >= flight.end or len(flight.rows) >= self.most:
+                return
+            before = flight.rows[0].position
+            known = lookup.tokens[max(0, before - LONGEST) : before]
+            token = lookup.guess(known + flight.tail(LONGEST))
+            if newest.token in flight.stops or token is None:
+                return
+            flight.board(self.free.pop(), newest.position + 1, token).guessed = True
+            self.counts.guesses += 1
 
     def _run(self, rows: Sequence[tuple[Lane, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int) -> None:
         began = perf_counter()
@@ -230,6 +253,7 @@ class Waves:
     def _finished(self, row: Row) -> None:
         counts, heard = self.counts, row.heard
         counts.finished += 1
+        counts.hits += row.guessed
         first = row.since - 1
         if first + len(heard) != self.loops:  # not read up to the last loop: textbook drafts
             return
