@@ -38,6 +38,13 @@ def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
             "--speculative-config: self-speculation lives in Ouro's own worker for CPUs and for CUDA and ROCm devices; "
             f"this server has another platform or --worker-cls {parallel.worker_cls!r}. Start without it."
         )
+    for given, flag, why in (
+        (vllm_config.lora_config, "--enable-lora", "rows that run ahead are in no adapter's mapping"),
+        (vllm_config.model_config.enable_prompt_embeds, "--enable-prompt-embeds", "rows are fed as tokens"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "rows keep whole contexts"),
+    ):
+        if given:
+            raise ValueError(f"{flag}: not with self-speculation, where {why}. Start without one of the two.")
     if vllm_config.scheduler_config.scheduler_cls is not None:
         raise ValueError("--scheduler-cls: self-speculation brings its own scheduler. Start without the flag.")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:

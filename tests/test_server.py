@@ -16,6 +16,8 @@ import requests
 from conftest import CHECKPOINT, ROOT
 from reference import Reference
 
+from ouro_vllm.names import SPECULATIVE_CONFIG
+
 MODEL = "ouro-tiny"
 PROMPT = "import os\nimport sys\n\n\ndef main(argv):\n"
 SUM = [{"role": "user", "content": "Evaluate modulo 5: + 3 4"}]
@@ -45,6 +47,7 @@ def server(tmp_path_factory) -> Iterator[str]:
     command += ["--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "4096", "--host", "127.0.0.1"]
     # The grammar would let a model of this size write white space for ever.
     command += ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
+    command += ["--speculative-config", SPECULATIVE_CONFIG]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
     address = f"http://127.0.0.1:{port}"
@@ -171,6 +174,35 @@ def test_json_schema(client):
         assert set(value) == {"name", "size"} and isinstance(value["name"], str) and 0 <= value["size"] <= 99
 
 
+def test_metrics_of_self_speculation(server, client):
+    """A request more is so many tokens more; readouts of the last loop agree with themselves; drafts are accepted."""
+    names = ["tokens_total", "passes_total", "request_passes_total", "rows_total", "pass_seconds_total"]
+    before = [gauge(server, f"vllm:ouro_{name}") for name in names]
+    drafted = gauge(server, "vllm:spec_decode_num_draft_tokens_total")
+    complete(client, max_tokens=64, extra_body={"ignore_eos": True})
+    until(lambda: gauge(server, "vllm:ouro_tokens_total") >= before[0] + 64, 30)
+    after = [gauge(server, f"vllm:ouro_{name}") for name in names]
+    tokens, passes, request_passes, rows, seconds = (new - old for new, old in zip(after, before, strict=True))
+    assert tokens == 64
+    assert 0 < passes == request_passes < 4 * 64  # alone in the batch, and fewer than plain decoding's
+    assert rows >= 4 * 63 and seconds > 0
+    assert gauge(server, "vllm:spec_decode_num_draft_tokens_total") > drafted
+    lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
+    loops = [line.rsplit(" ", 1)[1] for line in lines if 'loop="4"' in line and "readouts" in line and "_total" in line]
+    assert len(loops) == 2 and loops[0] == loops[1] != "0.0"
+
+
+def test_drafting_can_be_switched_off_for_a_request(server, client):
+    options = {"max_tokens": 32, "extra_body": {"ignore_eos": True, "vllm_xargs": {"ouro_speculate": 0}}}
+    before = gauge(server, "vllm:ouro_request_passes_total")
+    tokens = gauge(server, "vllm:ouro_tokens_total")
+    text = complete(client, **options).choices[0].text
+    until(lambda: gauge(server, "vllm:ouro_tokens_total") >= tokens + 32, 30)
+    assert gauge(server, "vllm:ouro_request_passes_total") - before == 4 * 32  # R passes for every token
+    options["extra_body"]["vllm_xargs"]["ouro_speculate"] = 1
+    assert complete(client, **options).choices[0].text == text
+
+
 def test_a_client_that_hangs_up_frees_its_request(server, client):
     before = complete(client).choices[0].text
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3500, "stream": True, "ignore_eos": True}
@@ -197,6 +229,9 @@ def test_thirty_two_requests_at_once(client, heldout):
         ({"prompt": [5] * 100_000}, openai.BadRequestError, "4096"),
         ({"prompt": [5, 999_999]}, openai.BadRequestError, "999999|out of vocabulary"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"extra_body": {"vllm_xargs": {"ouro_speculate": 2}}}, openai.BadRequestError, "`ouro_speculate` is 2"),
+        ({"extra_body": {"vllm_xargs": {"ouro_depth": 2}}}, openai.BadRequestError, "unknown option `ouro_depth`"),
+        ({"logit_bias": {"5": 3}}, openai.BadRequestError, "logit_bias"),
     ],
 )
 def test_bad_requests_get_a_clear_error_and_harm_nobody(client, change, error, named):

@@ -19,7 +19,7 @@ TOKENS = 128
 NAMED = [1, 2, 31, 32, 33, 64, 65, 96, 97, 128, 129, 300, 512, 700]  # lengths that tests pick prompts by
 COUNT = 200
 SPECULATOR = {"method": "custom_class", "model": "ouro_vllm.SelfSpeculator"}
-EAGER = {"entry_loop": 1}
+EAGER = {"entry_loop": 0}
 ADAPTIVE = {}
 GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
 
@@ -487,7 +487,7 @@ def test_smaller_batches(engine, bank, batch, first, last):
         assert_idle(llm)
 
 
-@pytest.mark.parametrize("entry", [2, 4])
+@pytest.mark.parametrize("entry", [1, 2, 4])
 def test_every_entry_loop(engine, bank, entry):
     with drafting(engine, ouro={"entry_loop": entry}) as llm:
         assert_banked(llm, bank[:8], 40, least=0.1)

@@ -68,10 +68,10 @@ def test_speculative_config_that_makes_no_sense(configured, speculative, named):
     [
         ({"total_ut_steps": 1}, {}, "no early loops.*Start without --speculative-config, or raise max_loops"),
         ({}, {"additional_config": {"ouro": {"max_loops": 1}}}, "no early loops.*raise max_loops"),
-        ({}, {"additional_config": {"ouro": {"entry_loop": 0}}}, "`ouro.entry_loop` is 0.*1 to 3"),
-        ({}, {"additional_config": {"ouro": {"entry_loop": 4}}}, "`ouro.entry_loop` is 4.*1 to 3"),
-        ({}, {"additional_config": {"ouro": {"entry_loop": True}}}, "`ouro.entry_loop` is True.*1 to 3"),
-        ({}, {"additional_config": {"ouro": {"entry_loop": 4, "max_loops": 3}}}, "`ouro.entry_loop` is 4.*1 to 3"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": -1}}}, "`ouro.entry_loop` is -1.*0 to 3"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": 4}}}, "`ouro.entry_loop` is 4.*0 to 3"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": True}}}, "`ouro.entry_loop` is True.*0 to 3"),
+        ({}, {"additional_config": {"ouro": {"entry_loop": 4, "max_loops": 3}}}, "`ouro.entry_loop` is 4.*0 to 3"),
         (
             {},
             {"additional_config": {"ouro": {"speculation": "ngram"}}},
@@ -79,6 +79,8 @@ def test_speculative_config_that_makes_no_sense(configured, speculative, named):
         ),
         ({}, {"additional_config": {"ouro": {"speculation": ["wavefront"]}}}, r"`ouro.speculation` is \['wavefront'\]"),
         ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager.*Start without"),
+        ({}, {"enable_lora": True}, "--enable-lora.*Start without one of the two"),
+        ({}, {"enable_prompt_embeds": True}, "--enable-prompt-embeds.*Start without one of the two"),
         ({}, {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls 'vllm.v1.worker.*Start without"),
         ({}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls.*Start without"),
     ],

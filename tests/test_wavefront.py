@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ouro_vllm.noise import key
 from ouro_vllm.wavefront.flight import Flight, Row
+from ouro_vllm.wavefront.lookup import LONGEST, SHORTEST, Lookup
 from ouro_vllm.wavefront.pacing import passes_per_token, rows_per_token
 from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
 
@@ -387,7 +388,10 @@ class Engine:
             if claimed < count:
                 chunks.append(Chunk(index, start, count - claimed, where))
             follows = not work.discarded and request.speculates
-            lanes.append(Lane(index, flight, follows, entry))
+            lookup = Lookup() if follows and entry == 0 else None
+            if lookup:
+                lookup.extend(request.tokens[: start + count])
+            lanes.append(Lane(index, flight, follows, entry, lookup))
             layout += range(where + count - claimed, where + count)
             where += count
             brief = brief and claimed == count and flight.waiting is None and bool(work.drafts) and work.own
@@ -435,6 +439,8 @@ class Engine:
         assert request.answer == expected[: len(request.answer)], "not what plain decoding answers"
 
         view.path = self.text.path(request.root, request.tokens)
+        if lane.lookup is not None:
+            lane.lookup.extend(request.tokens[len(lane.lookup.tokens) :])
         flight, position = view.flight, len(request.tokens) - 1
         if request.tokens[-1] in flight.stops or position >= flight.end:
             self.waves.free += flight.clear()
@@ -453,6 +459,7 @@ class Engine:
         """What was counted is what happened."""
         counts, machine, loops = self.waves.report(), self.machine, range(1, self.text.loops + 1)
         assert (counts.passes, counts.rows) == (machine.passes, machine.rows)
+        assert counts.hits <= min(counts.guesses, counts.finished)
         assert counts.judged == [machine.judged[loop] for loop in loops]
         assert counts.agreed == [machine.agreed[loop] for loop in loops]
         assert counts.settled == [machine.settled[loop] for loop in loops]
@@ -476,7 +483,7 @@ class Storm:
         self.names = "abcd"[: dice.randint(1, 4)]
         self.engine = Engine(text, passes, len(self.names), textbook)
         self.live: dict[str, Request] = {}
-        self.entry, self.roots = dice.randint(1, loops), 0
+        self.entry, self.roots = dice.randint(0, loops), 0
 
     def chance(self, share: float) -> bool:
         """True so often. Hypothesis shrinks towards False."""
@@ -503,7 +510,7 @@ class Storm:
                     works.insert(self.dice.randint(0, len(works)), self.work(self.live[name]))
                     lost.append(name)
             if self.chance(0.2):
-                self.entry = self.dice.randint(1, self.loops)
+                self.entry = self.dice.randint(0, self.loops) * self.dice.randint(0, 1)
             if not self.calm and self.chance(0.04):
                 self.engine.machine.fuse = self.dice.randint(0, self.loops + self.passes)
             self.engine.step(works, self.entry, self.dice.randint(0, self.passes), lost)
@@ -747,6 +754,30 @@ def test_claim_keeps_what_agrees_up_to_the_last_token(tokens, kept, waiting):
     assert [row.token for row in flight.rows] == [1, 2, 3, 4][:kept]
     assert flight.waiting == waiting
     assert sorted(waves.free + [row.slot for row in flight.rows]) == list(range(slots_needed(4, 4, 1)))
+
+
+@given(tokens=st.lists(st.integers(0, 2), max_size=60), cut=st.integers(0, 60))
+def test_a_lookup_finds_what_followed_the_longest_run_last(tokens, cut):
+    lookup = Lookup()
+    lookup.extend(tokens[:cut])
+    lookup.extend(tokens[cut:])
+    expected = None
+    for length in range(SHORTEST, LONGEST + 1):
+        for place in range(length, len(tokens)):
+            if len(tokens) >= length and tokens[place - length : place] == tokens[-length:]:
+                expected = tokens[place]
+    assert lookup.guess(tokens) == expected
+
+
+def test_guesses_enter_together_and_the_readout_takes_out_the_wrong_ones():
+    """Text of one word over and over, which a lookup guesses right: several rows enter per pass."""
+    text = Text(4, 1, 1.0, 1)
+    engine, request = Engine(text, 8), Request("a", [0, 0, 0, 0], 40)
+    while not request.finished:
+        engine.step([everything(request)], 0, 8)
+    counts = engine.waves.report()
+    assert counts.hits > 20 and counts.dropped == 0
+    assert request.passes < 40 * 0.75  # 1 per token is what readouts alone could reach
 
 
 def test_boarding_waits_for_entry_and_a_readout():

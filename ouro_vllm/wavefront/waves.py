@@ -224,7 +224,7 @@ class Waves:
             before = flight.rows[0].position
             known = lookup.tokens[max(0, before - LONGEST) : before]
             token = lookup.guess(known + flight.tail(LONGEST))
-            if newest.token in flight.stops or token is None:
+            if token is None or newest.token in flight.stops or token in flight.stops:
                 return
             flight.board(self.free.pop(), newest.position + 1, token).guessed = True
             self.counts.guesses += 1
