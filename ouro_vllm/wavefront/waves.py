@@ -63,9 +63,9 @@ class Counts:
     """What happened since the last report. All are plain sums."""
 
     passes: int = 0  # that had rows of flights in them
+    lane_passes: int = 0  # the same, counted once per request that had rows in the pass
     rows: int = 0
     dropped: int = 0  # rows that left because a deeper readout disagreed with their token
-    lane_passes: int = 0  # the same, counted once per request that had rows in the pass
     restarts: int = 0  # times that followers left because a deeper readout disagreed
     finished: int = 0  # rows that ran all loops, after which their next token is known
     guesses: int = 0  # rows that entered on a lookup
