@@ -1,5 +1,7 @@
 """How the pace is chosen from what passes cost and how often early loops agree. No engine."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,7 +64,7 @@ def test_more_rows_never_cost_less(passes):
     for rows, seconds in passes:
         cost.learn(rows, seconds)
     times = [cost.of(rows / 2) for rows in range(1, 900)]
-    assert times == sorted(times)
+    assert all(more >= less * (1 - 1e-9) for less, more in pairwise(times))  # but for rounding
     assert 1e-4 <= times[0]
 
 
