@@ -222,7 +222,8 @@ class SelfSpeculation(KeyedDraws):
             if claimed < count:
                 chunks.append(Chunk(index, start, count - claimed, where))
             follows = not discarded[index] and speculates(state.sampling_params)
-            lookup = self._lookup(request, index, start + count) if follows else None
+            # Not yet there for a new request: reading a prompt takes its time, and somebody waits for the first token.
+            lookup = None if self._pace.entry else self._lookups.get(request)
             lanes.append(Lane(index, flight, follows, self._pace.entry, lookup))
             layout += range(where + count - claimed, where + count)
             where += count
@@ -242,14 +243,14 @@ class SelfSpeculation(KeyedDraws):
             done += chunk.tokens
         return hidden
 
-    def _lookup(self, request: str, index: int, known: int) -> Lookup | None:
-        """What has been committed of the request, if lookups are fed; known: tokens scheduled so far."""
-        if self._pace.entry:
-            return None
-        lookup = self._lookups.setdefault(request, Lookup())
-        committed = min(known, int(self.input_batch.num_tokens_no_spec[index]))
-        lookup.extend(self.input_batch.token_ids_cpu[index, len(lookup.tokens) : committed].tolist())
-        return lookup
+    def _look_up(self) -> None:
+        """Let each lane look up what has been committed of its request, if lookups are fed."""
+        lengths = self.input_batch.num_tokens_no_spec
+        for lane in self._lanes:
+            if self._pace.entry == 0 and lane.speculates:
+                lane.lookup = self._lookups.setdefault(self.input_batch.req_ids[lane.index], Lookup())
+                known = slice(len(lane.lookup.tokens), int(lengths[lane.index]))
+                lane.lookup.extend(self.input_batch.token_ids_cpu[lane.index, known].tolist())
 
     def _limit(self, index: int, flight: Flight, state: Any) -> None:
         """How far rows may run ahead of what is committed: allocated slots, the answer's length, its end."""
@@ -361,9 +362,6 @@ class SelfSpeculation(KeyedDraws):
             if not sampled:
                 continue
             flight, position = lane.flight, int(lengths[lane.index]) - 1
-            if lane.lookup is not None:
-                tokens = self.input_batch.token_ids_cpu[lane.index]
-                lane.lookup.extend(tokens[len(lane.lookup.tokens) : position + 1].tolist())
             self._committed += len(sampled)
             if sampled[-1] in flight.stops or position >= flight.end:
                 self._waves.free += flight.clear()
@@ -380,6 +378,7 @@ class SelfSpeculation(KeyedDraws):
         self._due = False
         try:
             lanes = [lane for lane in self._lanes if lane.speculates]
+            self._look_up()
             if self._textbook:
                 self._waves.draft(lanes, self._burst)
                 drafts = {lane.index: lane.flight.unsettled(self._burst) for lane in lanes}
