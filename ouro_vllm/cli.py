@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from ouro_vllm import __version__
-from ouro_vllm.bench.modes import BASE, MODES
+from ouro_vllm.bench.modes import BASE, MODES, with_sharing
+from ouro_vllm.sharing import POLICIES
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "examples" / "ouro-tiny"
 
@@ -162,8 +163,16 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         ("--passes", 8, "passes per engine step of the wavefront"),
         ("--drafts", 3, "drafts per verification of draft-verify"),
         ("--flat-rows", 64, "rows up to which a pass costs the same, in the projection"),
+        ("--kv-window", 256, "newest tokens that are not shared, where loops share KV"),
     ):
         command.add_argument(name, type=positive, default=default, help=f"{what} (default: %(default)s)")
+    command.add_argument("--context", type=positive, help="tokens per prompt (default: the prompts as they are)")
+    command.add_argument(
+        "--kv-sharing",
+        type=policies,
+        default=[],
+        help="of last,average: every mode once more, its loops sharing KV (default: none)",
+    )
     command.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the model")
     command.add_argument("--sampled", action="store_true", help="all of it once more at temperature 0.7")
     command.add_argument("--json", type=Path, help="file for every single measurement")
@@ -199,6 +208,15 @@ def modes(text: str) -> list[str]:
     return chosen
 
 
+def policies(text: str) -> list[str]:
+    """`last,average` -> both. Raises what argparse reports on unknown ones."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    for policy in chosen:
+        if policy not in POLICIES:
+            raise argparse.ArgumentTypeError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
+    return chosen
+
+
 def run_bench(args: argparse.Namespace) -> int:
     from ouro_vllm.bench import run
 
@@ -211,7 +229,10 @@ def run_bench(args: argparse.Namespace) -> int:
     plan = run.Plan(
         model=args.model or args.folder or str(BUNDLED_MODEL),
         batches=args.batch,
-        **{name: getattr(args, name) for name in ("prompts", "modes", "rounds", "tokens", "turns", "passes", "drafts")},
+        modes=with_sharing(args.modes, args.kv_sharing),
+        window=args.kv_window,
+        context=args.context,
+        **{name: getattr(args, name) for name in ("prompts", "rounds", "tokens", "turns", "passes", "drafts")},
         **{name: getattr(args, name) for name in ("dtype", "sampled", "flat_rows")},
     )
     return run.main(plan, results)

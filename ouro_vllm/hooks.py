@@ -76,7 +76,7 @@ class OuroServerCheck:
         ouro_config.check(model_config.hf_config)
         options = OuroOptions.parse(vllm_config.additional_config, model_config.hf_config.total_ut_steps)
         refuse_unsupported(vllm_config)
-        choose_worker(vllm_config)
+        choose_worker(vllm_config, options)
         # vLLM turns these graphs on by itself for batch invariance, but only where the variable is not set.
         os.environ.setdefault(BREAKABLE_GRAPHS, "0")
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
@@ -86,11 +86,11 @@ class OuroServerCheck:
             model_config.tokenizer_mode = TOKENIZER_MODE
 
 
-def choose_worker(vllm_config: "VllmConfig") -> None:
-    """Put Ouro's worker in place, and its scheduler where it speculates.
+def choose_worker(vllm_config: "VllmConfig", options: OuroOptions) -> None:
+    """Put Ouro's worker in place, and its scheduler where it speculates or shares KV.
 
     Raises:
-        ValueError: self-speculation on a platform or with a setting that has no place for it.
+        ValueError: self-speculation or sharing on a platform or with a setting that has no place for it.
     """
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
@@ -99,6 +99,9 @@ def choose_worker(vllm_config: "VllmConfig") -> None:
     known = current_platform.is_cpu() or current_platform.is_cuda_alike()
     if speculative is not None:
         speculation.check(vllm_config, known)
+    if options.shares:
+        speculation.check_sharing(vllm_config, known, options)
+    if speculative is not None or options.shares:
         vllm_config.scheduler_config.scheduler_cls = "ouro_vllm.scheduler.OuroScheduler"
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             # A pass is the unit of replay: its rows stand at any depth, which graphs of whole steps cannot express.

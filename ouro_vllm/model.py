@@ -29,9 +29,10 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from ouro_vllm.config import OuroConfig
-from ouro_vllm.kv import LoopAttention
+from ouro_vllm.kv import LoopAttention, SharedAttention
 from ouro_vllm.options import OuroOptions
 from ouro_vllm.passes import LoopCaches, layer_name
+from ouro_vllm.sharing import AVERAGE
 from ouro_vllm.weights import checked, expected_shapes
 
 
@@ -66,12 +67,17 @@ class OuroAttention(nn.Module):
         )
         heads, kv_heads = config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
         self.sizes = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
-        # Rows of mixed depth share a pass only under speculation; otherwise all loops live in one plain KV group.
-        grouped = vllm_config.speculative_config is not None
+        # Loops have block tables of their own under speculation or sharing; otherwise all are in one plain KV group.
+        options = OuroOptions.parse(vllm_config.additional_config, config.total_ut_steps)
+        kinds: list[type[Attention]] = [Attention] * loops
+        if vllm_config.speculative_config is not None:
+            kinds = [LoopAttention] * (loops - 1) + [Attention]
+        if options.shares:
+            own = loops if options.kv_sharing == AVERAGE else loops - 1
+            kinds = [LoopAttention] * own + [SharedAttention]
         self.loops = nn.ModuleList()
-        for loop in range(1, loops + 1):
-            own_group = grouped and loop < loops
-            attention = (LoopAttention if own_group else Attention)(
+        for loop, kind in enumerate(kinds, start=1):
+            attention = kind(
                 heads,
                 config.head_dim,
                 config.head_dim**-0.5,
@@ -80,8 +86,8 @@ class OuroAttention(nn.Module):
                 quant_config=quant,
                 prefix=layer_name(stack, layer, loop, config.num_hidden_layers),
             )
-            if own_group:
-                attention.loop = loop
+            if isinstance(attention, LoopAttention):
+                attention.loop, attention.window = loop, options.kv_window if options.shares else None
             self.loops.append(attention)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -202,9 +208,11 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches = LoopCaches(tree, config.num_hidden_layers, loops)
+        # Attention layers per KV group: those of each loop and, where it is nobody's own, of what the loops share.
+        groups = loops + (self.options.kv_sharing == AVERAGE)
         self.layer_names = [
-            [layer_name(tree, layer, loop, config.num_hidden_layers) for layer in range(config.num_hidden_layers)]
-            for loop in range(1, loops + 1)
+            [layer_name(tree, layer, group, config.num_hidden_layers) for layer in range(config.num_hidden_layers)]
+            for group in range(1, groups + 1)
         ]
         self.loaded = False
 

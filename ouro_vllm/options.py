@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ouro_vllm.names import PLUGIN
+from ouro_vllm.sharing import PER_LOOP, POLICIES
 
 MOST_LOOPS = 16
 SPECULATION = ("wavefront", "draft-verify")
@@ -28,12 +29,21 @@ class OuroOptions:
     speculation: how a server with `SelfSpeculator` drafts, one of SPECULATION.
     entry_loop: loops a row has run when its readout is fed, 1 to max_loops; 0 is 1, and feeds guesses from the
         request's own text too; None lets the server choose as it measures.
+    kv_sharing: one of `sharing.POLICIES`: whether loops read each other's keys and values of older tokens.
+    kv_window: newest tokens of which a generated token reads its own loop, if they do; max_loops - 1 at least.
     """
 
     max_loops: int
     fix_special_tokens: bool = True
     speculation: str = "wavefront"
     entry_loop: int | None = None
+    kv_sharing: str = PER_LOOP
+    kv_window: int = 256
+
+    @property
+    def shares(self) -> bool:
+        """Whether loops share keys and values."""
+        return self.kv_sharing != PER_LOOP
 
     @classmethod
     def parse(cls, additional_config: Any, total_ut_steps: int) -> "OuroOptions":
@@ -66,7 +76,26 @@ class OuroOptions:
         entry = given.get("entry_loop")
         if entry is not None and (isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry <= loops):
             raise OptionError(_wrong("entry_loop", entry, f"a whole number from 0 to {loops}, the server's loops"))
-        return cls(max_loops=loops, fix_special_tokens=fix, speculation=speculation, entry_loop=entry)
+        policy = given.get("kv_sharing", PER_LOOP)
+        if policy not in POLICIES:
+            raise OptionError(_wrong("kv_sharing", policy, " or ".join(f'"{name}"' for name in POLICIES)))
+        if policy != PER_LOOP and loops == 1:
+            raise OptionError(
+                f'--additional-config: `{PLUGIN}.kv_sharing` is "{policy}", and a model that runs one loop has nothing '
+                f"to share. Leave it out, or raise `{PLUGIN}.max_loops`."
+            )
+        window, least = given.get("kv_window", cls.kv_window), max(1, loops - 1)
+        if isinstance(window, bool) or not isinstance(window, int) or window < least:
+            why = f"a whole number from {least} on: rows of {loops} loops are under way at once"
+            raise OptionError(_wrong("kv_window", window, why))
+        return cls(
+            max_loops=loops,
+            fix_special_tokens=fix,
+            speculation=speculation,
+            entry_loop=entry,
+            kv_sharing=policy,
+            kv_window=window,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Ouro's model runner: vLLM's V1 runner with draws keyed by position and, under self-speculation, with the wavefront.
+"""Ouro's model runner: vLLM's V1 runner with draws keyed by position and, where loops have block tables of their own
+(self-speculation, KV sharing), with passes of mixed depth: the wavefront.
 
 What is overridden, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     _update_states: notes which requests are new, lost their blocks, or are gone.
@@ -29,6 +30,7 @@ from ouro_vllm.kv import groups_by_loop
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.noise import key
 from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.sharing import AVERAGE, Sharing
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
 from ouro_vllm.wavefront.pacing import Pace, StepReport
@@ -86,15 +88,18 @@ class KeyedDraws:
         return torch.Generator(device=self.device).manual_seed(key(self._seeds[request], position))
 
 
-class SelfSpeculation(KeyedDraws):
-    """The wavefront. Mixed into a V1 model runner of a server with `SelfSpeculator`."""
+class LoopPasses(KeyedDraws):
+    """The wavefront. Mixed into a V1 model runner of a server with `SelfSpeculator`, or one that shares KV."""
 
-    def start_speculation(self) -> None:
+    def start_passes(self) -> None:
         """Called once, after the runner is made and before the model is loaded."""
         self.start_draws()
         config = self.vllm_config
         options = OuroOptions.parse(config.additional_config, config.model_config.hf_config.total_ut_steps)
-        self._loops, self._burst = options.max_loops, config.speculative_config.num_speculative_tokens
+        self._options, self._loops = options, options.max_loops
+        speculative = config.speculative_config
+        self._burst = 0 if speculative is None else speculative.num_speculative_tokens
+        self._sharing: Sharing | None = None
         self._textbook = options.speculation == "draft-verify"
         self._waves: Waves | None = None
         self._pace = Pace(entry=1, passes=self._burst)
@@ -110,7 +115,7 @@ class SelfSpeculation(KeyedDraws):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if kwargs.get("is_profiling", False) or (args and args[0]):
             return
-        names = self.get_model().layer_names
+        names, options = self.get_model().layer_names, self._options
         self._names = names[0]
         layers = self.compilation_config.static_forward_context
         self._groups = groups_by_loop(self.kv_cache_config, names, layers)
@@ -119,6 +124,8 @@ class SelfSpeculation(KeyedDraws):
         )
         requests = self.scheduler_config.max_num_seqs
         self._block_size = self.input_batch.block_table[self._groups[0]].block_size
+        if options.shares:
+            self._sharing = Sharing(options.kv_sharing, options.kv_window, self._block_size)
         machine = Passes(
             slots=slots_needed(self._loops, self._burst, requests),
             hidden_size=self.model_config.get_hidden_size(),
@@ -128,8 +135,12 @@ class SelfSpeculation(KeyedDraws):
             embed=self.model.embed_input_ids,
             model=self._one_pass,
             choose=self._choose,
+            loops=self._loops,
+            sharing=self._sharing,
+            caches=[layers[name].kv_cache for name in self._names] if options.kv_sharing == AVERAGE else (),
         )
-        self._waves = Waves(self._loops, self._burst, requests, machine)
+        window = options.kv_window if options.shares else None
+        self._waves = Waves(self._loops, self._burst, requests, machine, window)
 
     @torch.inference_mode()
     def time_passes(self) -> None:
@@ -221,27 +232,57 @@ class SelfSpeculation(KeyedDraws):
                 self._limit(index, flight, state)
             if claimed < count:
                 chunks.append(Chunk(index, start, count - claimed, where))
-            follows = not discarded[index] and speculates(state.sampling_params)
+            follows = bool(self._burst) and not discarded[index] and speculates(state.sampling_params)
             # Not yet there for a new request: reading a prompt takes its time, and somebody waits for the first token.
             lookup = None if self._pace.entry else self._lookups.get(request)
-            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup))
+            lane = Lane(index, flight, follows, self._pace.entry, lookup)
+            # What follows a prompt reads the shared keys and values of that prompt, which are not there yet.
+            lane.waits = self._sharing is not None and start < state.num_prompt_tokens
+            lanes.append(lane)
             layout += range(where + count - claimed, where + count)
             where += count
-        machine.step = Step(self._tables())
-        if chunks:
-            machine.step.chunk_ids = torch.cat([input_ids[c.where : c.where + c.tokens] for c in chunks]).long()
-        waves.forward(lanes, chunks, follow=not self._textbook)
+        stages = self._stages(chunks)
+        tables, prompts = self._tables(), [self.requests[request].num_prompt_tokens for request in batch.req_ids]
+        ends: list[tuple[Chunk, torch.Tensor]] = []
+        for number, stage in enumerate(stages, start=1):
+            machine.step = step = Step(tables, prompts)
+            if stage:
+                step.chunk_ids = torch.cat([input_ids[c.where : c.where + c.tokens] for c in stage]).long()
+            waves.forward(lanes if number == len(stages) else [], stage, follow=not self._textbook)
+            if stage:
+                ends += zip(stage, step.chunk_hidden.split([c.tokens for c in stage]), strict=True)
         self._lanes = lanes
         kept = machine.kept([row.slot for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
             return kept
         hidden = kept.new_empty(where, kept.shape[1])
         hidden[torch.tensor(layout, dtype=torch.int64, device=self.device)] = kept
-        done = 0
-        for chunk in chunks:
-            hidden[chunk.where : chunk.where + chunk.tokens] = machine.step.chunk_hidden[done : done + chunk.tokens]
-            done += chunk.tokens
+        for chunk, end in ends:
+            hidden[chunk.where : chunk.where + chunk.tokens] = end
         return hidden
+
+    def _stages(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+        """What runs in lockstep, one after the other; flights go with the last. One stage, unless KV is shared.
+
+        Then what has been generated once and is computed again, after preemption, waits for what it reads as shared:
+        all prompts of this step first, since vLLM lets one request use blocks that another fills in the same step.
+        """
+        sharing = self._sharing
+        if sharing is None:
+            return [chunks]
+        batch, stages = self.input_batch, [[]]
+        for chunk in chunks:
+            prompt = self.requests[batch.req_ids[chunk.index]].num_prompt_tokens
+            for number, (first, end) in enumerate(sharing.runs(chunk.start, chunk.start + chunk.tokens, prompt)):
+                if number == len(stages):
+                    stages.append([])
+                for begin, until in sharing.pieces(first, end, prompt):
+                    where = chunk.where + begin - chunk.start
+                    stages[number].append(Chunk(chunk.index, begin, until - begin, where))
+        resumed = self._scheduled.scheduled_cached_reqs.resumed_req_ids
+        if len(stages) > 1 or (stages[0] and resumed):
+            stages.append([])
+        return stages
 
     def _look_up(self) -> None:
         """Let each lane look up what has been committed of its request, if lookups are fed."""
@@ -380,8 +421,9 @@ class SelfSpeculation(KeyedDraws):
             lanes = [lane for lane in self._lanes if lane.speculates]
             self._look_up()
             if self._textbook:
-                self._waves.draft(lanes, self._burst)
-                drafts = {lane.index: lane.flight.unsettled(self._burst) for lane in lanes}
+                most = min(self._burst, self._waves.most - 1)
+                self._waves.draft(lanes, most)
+                drafts = {lane.index: lane.flight.unsettled(most) for lane in lanes}
             else:
                 self._waves.burst(lanes, self._pace.passes)
                 drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}
@@ -408,7 +450,7 @@ class SelfSpeculation(KeyedDraws):
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)
-        if self._waves:
+        if self._waves and self._burst:
             in_flight = sum(len(flight.rows) for flight in self._waves.flights.values())
             setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight))
             self._committed = 0

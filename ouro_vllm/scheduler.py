@@ -1,4 +1,8 @@
-"""The scheduler under self-speculation: slots for rows that run ahead, and one place where the pace is decided."""
+"""The scheduler under self-speculation and KV sharing.
+
+Self-speculation: slots for rows that run ahead, and one place where the pace is decided. Sharing: what the managers of
+loops have to know of requests.
+"""
 
 from time import monotonic
 from typing import Any
@@ -6,6 +10,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from ouro_vllm.kv import LoopManager, decoding_capacity
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.options import OuroOptions, speculates
@@ -18,25 +23,61 @@ LOG_SECONDS = 10.0  # vLLM's own interval between lines of statistics
 
 
 class OuroScheduler(Scheduler):
-    """vLLM's scheduler. Overridden: `__init__`, `schedule`, `update_from_output`, `make_stats`."""
+    """vLLM's scheduler. Overridden: `__init__`, `add_request`, `schedule`, `update_from_output`, `make_stats`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         options = OuroOptions.parse(vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps)
-        # Rows run ahead of what is scheduled by the passes of a burst and by what is in flight behind them.
-        self.num_lookahead_tokens = self.num_spec_tokens + options.max_loops - 1
-        # vLLM pads a request that needs one token to 1 + k rows of token -1, for CUDA graphs of uniform steps. There
-        # are none here, and the padding would be drafts without rows. A schedule of drafts per batch size turns it off.
-        if self.dynamic_sd_lookup is None:
-            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+        if self.num_spec_tokens:
+            # Rows run ahead of what is scheduled by the passes of a burst and by what is in flight behind them.
+            self.num_lookahead_tokens = self.num_spec_tokens + options.max_loops - 1
+            # vLLM pads a request that needs one token to 1 + k rows of token -1, for CUDA graphs of uniform steps.
+            # There are none here, and the padding would be drafts without rows. A schedule of drafts per batch size
+            # turns it off.
+            if self.dynamic_sd_lookup is None:
+                self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+        self.shares = options.shares
+        if self.shares:
+            self._share(options)
         self.pacer = Pacer(options.max_loops, self.num_spec_tokens, options.entry_loop)
         self.totals, self.steps = StepReport(Counts(), 0), 0
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
         self.latest: dict[str, Any] | None = None
 
+    def _share(self, options: OuroOptions) -> None:
+        """Tell the managers of the loops what they need, and the log what sharing is worth."""
+        ahead = self.num_spec_tokens + self.num_lookahead_tokens
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        windowed = [manager for manager in managers if isinstance(manager, LoopManager)]
+        for manager in windowed:
+            manager.requests = self.requests
+            manager.most_tokens = self.max_num_scheduled_tokens + ahead
+        blocks, size = self.kv_cache_config.num_blocks - 1, managers[0].block_size  # one block is nobody's
+        tokens = decoding_capacity(blocks, size, self.max_model_len, options.kv_window, ahead, len(windowed))
+        logger.info(
+            "KV sharing %r, window %d: %s tokens of decoding fit, in requests of up to %s tokens with short prompts; "
+            "vLLM's own line reckons with prompts that long, which keep the keys and values of every loop until they "
+            "are done.",
+            options.kv_sharing,
+            options.kv_window,
+            f"{tokens:,}",
+            f"{self.max_model_len:,}",
+        )
+
+    def add_request(self, request: Any) -> None:
+        """As vLLM does. Under sharing only the prompt is looked up in the prefix cache, now and after preemption.
+
+        What another request wrote for the same tokens as its prompt is not what this one reads behind its own.
+        """
+        if self.shares:
+            request._block_hasher = None  # the prompt's hashes are there already
+        super().add_request(request)
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with the pace attached."""
         output = super().schedule(*args, **kwargs)
+        if not self.num_spec_tokens:
+            return output
         decoding, hurry = 0, False
         for request_id in output.num_scheduled_tokens:
             request = self.requests[request_id]

@@ -1,9 +1,11 @@
-"""Which servers can self-speculate: checked before anything is loaded."""
+"""Which servers can self-speculate or share KV: checked before anything is loaded."""
 
+import os
 from typing import TYPE_CHECKING
 
-from ouro_vllm.names import SPECULATIVE_CONFIG, SPECULATOR
+from ouro_vllm.names import PLUGIN, SPECULATIVE_CONFIG, SPECULATOR
 from ouro_vllm.options import OuroOptions
+from ouro_vllm.sharing import AVERAGE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -13,7 +15,7 @@ MOST_PASSES = 128  # vLLM's rejection sampler takes no more drafts per step (MAX
 
 def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
     """Raises ValueError, naming setting and mend, where `--speculative-config` cannot work for an Ouro model."""
-    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
     loops = OuroOptions.parse(
         vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps
     ).max_loops
@@ -33,10 +35,24 @@ def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
             f"--speculative-config: num_speculative_tokens is the number of passes per engine step, from 1 to "
             f"{MOST_PASSES}; got {passes}."
         )
+    check_passes(vllm_config, known_platform, "self-speculation", "--speculative-config")
+
+
+def check_passes(vllm_config: "VllmConfig", known_platform: bool, what: str, setting: str) -> None:
+    """Raises ValueError, naming setting and mend, where passes of rows of mixed depth cannot work.
+
+    what: wants them. setting: how to do without it.
+    """
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     if not known_platform or parallel.worker_cls != "auto":
         raise ValueError(
-            "--speculative-config: self-speculation lives in Ouro's own worker for CPUs and for CUDA and ROCm devices; "
-            f"this server has another platform or --worker-cls {parallel.worker_cls!r}. Start without it."
+            f"{setting}: {what} lives in Ouro's own worker for CPUs and for CUDA and ROCm devices; this server has "
+            f"another platform or --worker-cls {parallel.worker_cls!r}. Start without it."
+        )
+    if vllm_config.use_v2_model_runner:
+        raise ValueError(
+            f"{setting}: {what} lives in vLLM's model runner V1, and this server takes V2. Start with "
+            "VLLM_USE_V2_MODEL_RUNNER=0, or without it."
         )
     for given, flag, why in (
         (vllm_config.lora_config, "--enable-lora", "rows that run ahead are in no adapter's mapping"),
@@ -44,11 +60,25 @@ def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "rows keep whole contexts"),
     ):
         if given:
-            raise ValueError(f"{flag}: not with self-speculation, where {why}. Start without one of the two.")
-    if vllm_config.scheduler_config.scheduler_cls is not None:
-        raise ValueError("--scheduler-cls: self-speculation brings its own scheduler. Start without the flag.")
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise ValueError(f"{flag}: not with {what}, where {why}. Start without one of the two.")
+    if scheduler.scheduler_cls is not None:
+        raise ValueError(f"--scheduler-cls: {what} brings its own scheduler. Start without the flag.")
+    if scheduler.disable_hybrid_kv_cache_manager:
         raise ValueError(
-            "--disable-hybrid-kv-cache-manager: self-speculation keeps one KV group per loop step, which needs the "
-            "hybrid manager. Start without the flag."
+            f"--disable-hybrid-kv-cache-manager: {what} keeps one KV group per loop step, which needs the hybrid "
+            "manager. Start without the flag."
         )
+
+
+def check_sharing(vllm_config: "VllmConfig", known_platform: bool, options: OuroOptions) -> None:
+    """Raises ValueError, naming setting and mend, where `kv_sharing` cannot work. Chooses scheduling that can."""
+    setting = f"--additional-config: `{PLUGIN}.kv_sharing`"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # on CUDA vLLM prefers V2 where it is not told
+    check_passes(vllm_config, known_platform, "KV sharing", setting)
+    if options.kv_sharing == AVERAGE and vllm_config.cache_config.cache_dtype.startswith("fp8"):
+        raise ValueError(
+            f"{setting}: a mean of quantised keys and values loses what little precision they have. Start without "
+            f'--kv-cache-dtype {vllm_config.cache_config.cache_dtype}, or with "last".'
+        )
+    # Rows are fed as tokens, which have to be known when a step starts.
+    vllm_config.scheduler_config.async_scheduling = False

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from ouro_vllm.options import OuroOptions
 from ouro_vllm.patches import expand_on_cpu
-from ouro_vllm.runner import KeyedDraws, SelfSpeculation
+from ouro_vllm.runner import KeyedDraws, LoopPasses
 
 
 def install_runner(worker: Any) -> None:
@@ -12,13 +13,15 @@ def install_runner(worker: Any) -> None:
     vLLM has no setting for the runner's class, and its CPU worker makes the runner in the middle of `init_device`
     (vllm/v1/worker/cpu_worker.py). The classes mixed in add methods only; their state starts here.
     """
-    runner = worker.model_runner
-    speculative = worker.vllm_config.speculative_config is not None
-    mixin = SelfSpeculation if speculative else KeyedDraws
+    runner, config = worker.model_runner, worker.vllm_config
+    speculative = config.speculative_config is not None
+    options = OuroOptions.parse(config.additional_config, config.model_config.hf_config.total_ut_steps)
+    mixin = LoopPasses if speculative or options.shares else KeyedDraws
     runner.__class__ = type(f"Ouro{type(runner).__name__}", (mixin, type(runner)), {})
     if speculative:
         expand_on_cpu()
-        runner.start_speculation()
+    if mixin is LoopPasses:
+        runner.start_passes()
     else:
         runner.start_draws()
 
@@ -31,7 +34,7 @@ def _worker(base: type) -> type:
 
     def compile_or_warm_up_model(self: Any) -> Any:
         times = base.compile_or_warm_up_model(self)
-        if isinstance(self.model_runner, SelfSpeculation):
+        if self.vllm_config.speculative_config is not None:
             self.model_runner.time_passes()
         return times
 

@@ -410,12 +410,29 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
 
 def test_modes_as_options():
     for mode in modes.MODES:
-        options = modes.engine_options(mode, passes=5, drafts=2)
+        options = modes.engine_options(mode, passes=5, drafts=2, window=64)
         assert modes.speculative(mode) == ("speculative_config" in options)
-    full = modes.engine_options("wavefront-full", passes=5, drafts=2)
+    full = modes.engine_options("wavefront-full", passes=5, drafts=2, window=64)
     assert full["speculative_config"]["num_speculative_tokens"] == 5
     assert full["additional_config"] == {"ouro": {"entry_loop": 1}}
-    assert modes.engine_options("plain-eager", 5, 2) == {"enforce_eager": True}
+    assert modes.engine_options("plain-eager", 5, 2, 64) == {"enforce_eager": True}
+
+
+def test_modes_that_share():
+    assert modes.with_sharing(["plain", "wavefront"], ["per_loop", "last"]) == [
+        "plain",
+        "wavefront",
+        "plain+last",
+        "wavefront+last",
+    ]
+    shared = modes.engine_options("wavefront-full+average", 5, 2, 64)["additional_config"]["ouro"]
+    assert shared == {"entry_loop": 1, "kv_sharing": "average", "kv_window": 64}
+    assert modes.speculative("wavefront+last") and not modes.speculative("plain+last")
+    assert modes.engine_options("plain+last", 5, 2, 64).keys() == {"additional_config"}
+
+
+def test_worker_cuts_prompts_of_one_length():
+    assert worker.recut([[1, 2], [3], [4, 5]], 4, 3) == [[1, 2, 3, 4], [5, 1, 2, 3], [4, 5, 1, 2]]
 
 
 def test_environment_of_children(monkeypatch):
@@ -467,11 +484,13 @@ def test_worker_keeps_the_batch_full_and_no_fuller():
         return time.perf_counter()
 
     prompts, lengths = [[number] for number in range(7)], [1, 8, 3, 2, 5, 4, 1]
-    outputs, waits = worker.answer(engine, "run-1", prompts, lengths, 3, stepped)
+    outputs, waits, decoding = worker.answer(engine, "run-1", prompts, lengths, 3, stepped)
     assert outputs == [[number] * length for number, length in enumerate(lengths)]
     assert engine.most == 3 and engine.order == [f"run-1-{number}" for number in range(7)]
     assert len(steps) == 5  # 24 tokens in threes of two would be 4
     assert len(waits) == 7 and all(0 < wait < 10 for wait in waits)
+    # Two tokens come per step: what is out after one step takes no time behind its first token.
+    assert [seconds > 0 for seconds in decoding] == [length > 2 for length in lengths]
 
 
 def test_worker_counts_between_two_sums():

@@ -20,6 +20,10 @@ class Measurement:
 
     seconds: from the first request's arrival to the last token. tokens: what came out, of all requests.
     first_token: seconds from a request's arrival to its first token, the median over requests.
+    decoding_seconds, decoding_tokens: from each request's first token to its last, and the tokens behind the first, of
+        all requests together.
+    kv_bytes: held when most was held, per token of context then; context: tokens that a request has in the middle of
+        its answer, the mean over requests; loop_bytes: keys and values of one token and loop.
     passes, rows, lane_passes, restarts, dropped, agreed, judged, settled, committed: as in `wavefront.waves.Counts` and
         `wavefront.pacing.StepReport`; for plain decoding R passes and R rows per token, by definition.
     pass_seconds: time in passes, readouts between them included; None where it was not measured.
@@ -32,6 +36,11 @@ class Measurement:
     requests: int
     tokens: int
     first_token: float
+    decoding_seconds: float = 0.0
+    decoding_tokens: int = 0
+    kv_bytes: float = 0.0
+    context: float = 0.0
+    loop_bytes: int = 0
     passes: int = 0
     rows: int = 0
     lane_passes: int = 0
@@ -51,6 +60,11 @@ class Measurement:
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
+
+    @property
+    def decoding_rate(self) -> float:
+        """Tokens per second of one request once its prompt is done."""
+        return self.decoding_tokens / self.decoding_seconds if self.decoding_seconds else 0.0
 
     def compare(self, outputs: Sequence[Sequence[int]], base: Sequence[Sequence[int]]) -> None:
         """Note how the answers (token ids per request) differ from the base's, as far as both have the request."""
@@ -112,20 +126,27 @@ def summary(
     """
     sums = summed(rounds)
     ratio = spread(one.rate / other.rate for one, other in zip(rounds, base, strict=True))
+    decoding = [
+        one.decoding_rate / other.decoding_rate for one, other in zip(rounds, base, strict=True) if other.decoding_rate
+    ]
+    rows_per_token = sums["rows"] / sums["committed"]
     passes_per_token = sums["lane_passes"] / sums["committed"]
     outside = None if sums["pass_seconds"] is None else 1 - sums["pass_seconds"] / sums["seconds"]
     judged = zip(sums["agreed"], sums["judged"], strict=True)
     return {
         "tokens_per_second": spread(one.rate for one in rounds),
         "ratio": ratio,
+        "decoding_ratio": spread(decoding) if decoding else None,
         "share_of_bound": ratio["median"] * passes_per_token / loops,
         "passes_per_token": passes_per_token,
-        "rows_per_token": sums["rows"] / sums["committed"],
+        "rows_per_token": rows_per_token,
         "rows_per_pass": sums["rows"] / sums["passes"],
         "restarts_per_token": sums["restarts"] / sums["committed"],
         "agreement": [agreed / count if count else None for agreed, count in judged],
         "outside_passes": outside,
         "first_token_seconds": spread(one.first_token for one in rounds),
+        "kv_bytes_held": median(one.kv_bytes for one in rounds),
+        "kv_bytes_read": median(rows_per_token * one.context * one.loop_bytes for one in rounds),
         "identical": sums["identical"] / sums["compared"],
         "first_difference": spread(sums["differ_at"]) if sums["differ_at"] else None,
         "entry": max(sums["entries"], key=sums["entries"].__getitem__, default=None),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ouro_vllm.names import PLUGIN
+from ouro_vllm.sharing import PER_LOOP
 from ouro_vllm.speculation import SPECULATOR
 
 BASE = "plain"  # what all are compared with
@@ -15,16 +16,41 @@ MODES = {
 }
 
 
+def method(mode: str) -> str:
+    """The mode without its policy of KV sharing: `wavefront+last` -> `wavefront`."""
+    return mode.partition("+")[0]
+
+
+def with_sharing(modes: list[str], policies: list[str]) -> list[str]:
+    """The modes, and each of them once more for every policy that shares."""
+    shared = [f"{mode}+{policy}" for mode in modes for policy in policies if policy != PER_LOOP]
+    return modes + shared
+
+
 def speculative(mode: str) -> bool:
     """Whether the mode drafts."""
     return not mode.startswith(BASE)
 
 
-def engine_options(mode: str, passes: int, drafts: int) -> dict[str, Any]:
-    """What sets a mode's engine apart. passes: per engine step, of the wavefront; drafts: per verification."""
-    if not speculative(mode):
-        return {"enforce_eager": True} if mode == "plain-eager" else {}
-    textbook = mode == "draft-verify"
-    config = {"method": "custom_class", "model": SPECULATOR, "num_speculative_tokens": drafts if textbook else passes}
-    own = {"draft-verify": {"speculation": "draft-verify"}, "wavefront-full": {"entry_loop": 1}}.get(mode, {})
-    return {"speculative_config": config, "additional_config": {PLUGIN: own}}
+def engine_options(mode: str, passes: int, drafts: int, window: int) -> dict[str, Any]:
+    """What sets a mode's engine apart.
+
+    passes: per engine step, of the wavefront; drafts: per verification; window: of `kv_sharing`.
+    """
+    way, _, policy = mode.partition("+")
+    own: dict[str, Any] = {"draft-verify": {"speculation": "draft-verify"}, "wavefront-full": {"entry_loop": 1}}.get(
+        way, {}
+    )
+    if policy:
+        own = {**own, "kv_sharing": policy, "kv_window": window}
+    options: dict[str, Any] = {"additional_config": {PLUGIN: own}} if own or speculative(way) else {}
+    if way == "plain-eager":
+        options["enforce_eager"] = True
+    if speculative(way):
+        count = drafts if way == "draft-verify" else passes
+        options["speculative_config"] = {
+            "method": "custom_class",
+            "model": SPECULATOR,
+            "num_speculative_tokens": count,
+        }
+    return options

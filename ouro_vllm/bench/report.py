@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ouro_vllm.bench.modes import BASE, MODES, speculative
+from ouro_vllm.bench.modes import BASE, MODES, method, speculative
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = dict(zip(MODES, ("#000000", "#D55E00", "#0072B2", "#009E73", "#999999"), strict=True))
@@ -76,11 +76,14 @@ def details(figures: dict[str, Any], series: str) -> list[list[str]]:
             "mode",
             "batch",
             "ratio, least to most",
+            "ratio behind the first token",
             "ratio by R / passes per token",
             "rows per pass",
             "restarts per 100 tokens",
             "outside passes",
             "first token, ms",
+            "KV held per token of context, KiB",
+            "KV read per token, MiB",
             "first difference at token, median (least)",
             "entry loop",
             f"agreement of depths 1 to {figures['loops'] - 1} with {figures['loops']}",
@@ -88,16 +91,20 @@ def details(figures: dict[str, Any], series: str) -> list[list[str]]:
     ]
     for mode, batch, found in cells(figures, series):
         outside, differs = found["outside_passes"], found["first_difference"]
+        decoding = found["decoding_ratio"]
         rows.append(
             [
                 mode,
                 batch,
                 f"{found['ratio']['least']:.2f} to {found['ratio']['most']:.2f}",
+                "" if decoding is None else f"{decoding['median']:.2f}",
                 f"{found['share_of_bound']:.2f}",
                 f"{found['rows_per_pass']:.1f}",
                 f"{100 * found['restarts_per_token']:.1f}",
                 "" if outside is None else f"{outside:.0%}",
                 f"{1000 * found['first_token_seconds']['median']:.0f}",
+                f"{found['kv_bytes_held'] / 2**10:.1f}",
+                f"{found['kv_bytes_read'] / 2**20:.1f}",
                 "" if differs is None else f"{differs['median']:.0f} ({differs['least']:.0f})",
                 found["entry"] or "",
                 shares(found["agreement"][:-1]),
@@ -184,7 +191,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             found = [cell["summary"] for cell in sizes.values()]
             ratios = [one["ratio"] for one in found]
             middle = [ratio["median"] for ratio in ratios]
-            look: dict[str, Any] = {"color": COLOURS[mode], "marker": MARKERS[mode], "markersize": 5}
+            look: dict[str, Any] = {"color": COLOURS[method(mode)], "marker": MARKERS[method(mode)], "markersize": 5}
+            if method(mode) != mode:
+                look["linestyle"] = "--"
             if mode == BASE:
                 shown[mode] = panel.axhline(1.0, color=COLOURS[mode], linewidth=1)
                 continue
@@ -195,7 +204,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             shown[mode] = panel.errorbar(places, middle, reach, capsize=2, linewidth=1.6, elinewidth=0.8, **look)
             if speculative(mode):
                 projected = [one["projected_ratio"] for one in found]
-                (line,) = panel.plot(places, projected, ":", linewidth=1.2, mfc="white", **look)
+                (line,) = panel.plot(places, projected, linewidth=1.2, mfc="white", **{**look, "linestyle": ":"})
                 shown[f"{mode}, projection"] = line
         panel.set_xscale("log", base=2)
         panel.set_xticks(places, [str(place) for place in places])

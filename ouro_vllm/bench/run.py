@@ -19,6 +19,7 @@ from ouro_vllm.bench.figures import PROJECTION, Measurement, as_json, summaries
 from ouro_vllm.bench.modes import BASE, engine_options, speculative
 from ouro_vllm.cpu import KV_SPACE, environment, is_cpu_build
 from ouro_vllm.demo import looks_like_folder
+from ouro_vllm.sharing import AVERAGE
 from ouro_vllm.speculation import MOST_PASSES
 
 FEWEST_REQUESTS = 6
@@ -32,7 +33,8 @@ class Plan:
     model: folder or name. prompts: file with a JSON list of texts, None for the model's own.
     modes: of `modes.MODES`. batches: most requests at once, rising. rounds: measurements per mode and batch size, after
     one that warms up. tokens: per answer. turns: requests per place in the batch, FEWEST_REQUESTS at least in all.
-    passes, drafts: see `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see `figures.PROJECTION`.
+    passes, drafts, window: see `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see
+    `figures.PROJECTION`. context: tokens per prompt, cut from all texts in a row; None for the prompts as they are.
     """
 
     model: str
@@ -47,6 +49,8 @@ class Plan:
     dtype: str
     sampled: bool
     flat_rows: int
+    window: int = 256
+    context: int | None = None
 
     def requests(self, batch: int) -> int:
         """How many are answered in one measurement."""
@@ -212,7 +216,10 @@ def start_message(plan: Plan, mode: str, prompts: list[str]) -> dict[str, Any]:
         "batch": max(plan.batches),
         "lookahead": lookahead if any(map(speculative, plan.modes)) else 0,
         "dtype": plan.dtype,
-        "options": engine_options(mode, plan.passes, plan.drafts),
+        "context": plan.context,
+        # The mean over loops is a cache of its own.
+        "more_groups": int(any(name.endswith(f"+{AVERAGE}") for name in plan.modes)),
+        "options": engine_options(mode, plan.passes, plan.drafts, plan.window),
     }
 
 
@@ -258,6 +265,7 @@ def heading(plan: Plan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "prompt_tokens": {"least": min(base["prompt_tokens"]), "most": max(base["prompt_tokens"])},
         "passes": plan.passes,
         "drafts": plan.drafts,
+        "kv_window": plan.window,
         "ouro_vllm": __version__,
         **{name: base[name] for name in ("vllm", "torch", "device", "threads", "kv_gib")},
         "start_seconds": {mode: fact["start_seconds"] for mode, fact in facts.items()},

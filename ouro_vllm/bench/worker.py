@@ -17,8 +17,8 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import zip_longest
-from statistics import median
+from itertools import cycle, islice, zip_longest
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
@@ -64,6 +64,12 @@ def blocks_needed(lengths: list[int], batch: int) -> int:
     return sum(sorted((-(-length // BLOCK) for length in lengths), reverse=True)[:batch]) + SPARE_BLOCKS
 
 
+def recut(prompts: list[list[int]], length: int, count: int) -> list[list[int]]:
+    """`count` prompts of `length` token ids each: all prompts in a row, again and again, cut anew."""
+    endless = cycle(token for prompt in prompts for token in prompt)
+    return [list(islice(endless, length)) for _ in range(count)]
+
+
 class Engine:
     """vLLM's `LLM` with as much KV cache as the requests need, the same in every mode.
 
@@ -79,10 +85,13 @@ class Engine:
         batch: int,
         lookahead: int,
         dtype: str,
+        context: int | None,
+        more_groups: int,
         options: dict[str, Any],
     ) -> None:
         """tokens: per answer. batch: most requests at once. lookahead: slots per request that speculation takes, in the
-        mode that takes most. options: of `LLM`, what sets the mode apart."""
+        mode that takes most. context: see `run.Plan`. more_groups: KV groups beside the loops', in the mode that has
+        most. options: of `LLM`, what sets the mode apart."""
         began = perf_counter()
         import torch
         import vllm
@@ -99,12 +108,15 @@ class Engine:
             )
         check(config)
         self.prompts = [tokenizer(text)["input_ids"] for text in prompts]
+        if context is not None:
+            self.prompts = recut(self.prompts, context, batch)
         self.tokens = tokens
         repeated = [self.prompts[number % len(self.prompts)] for number in range(max(batch, len(self.prompts)))]
         lengths = [len(prompt) + tokens + lookahead for prompt in repeated]
         self.loops = config.total_ut_steps
-        per_token = 2 * self.loops * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        kv_bytes = per_token * getattr(torch, dtype).itemsize * BLOCK * blocks_needed(lengths, batch)
+        loop_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        self.loop_bytes = loop_values * getattr(torch, dtype).itemsize
+        kv_bytes = self.loop_bytes * (self.loops + more_groups) * BLOCK * blocks_needed(lengths, batch)
         self.llm = vllm.LLM(
             model,
             dtype=dtype,
@@ -178,22 +190,38 @@ class Engine:
         ]
         prompts = [self.prompts[number % len(self.prompts)] for number in range(requests)]
         entries: Counter[str] = Counter()
+        scheduler = self.core.scheduler
+        pool, held = scheduler.kv_cache_manager.block_pool, (0, 0)  # blocks, tokens
 
         def stepped() -> float:
+            nonlocal held
             if self.paced:
-                entries[str(self.core.scheduler.pacer.entry)] += 1
+                entries[str(scheduler.pacer.entry)] += 1
+            held = max(
+                held,
+                (
+                    pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+                    sum(request.num_computed_tokens for request in scheduler.running),
+                ),
+            )
             return self.out
 
         self.runs += 1
         gc.collect()
         before, began = self._counted(), perf_counter()
-        outputs, waits = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, batch, stepped)
+        outputs, waits, last = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, batch, stepped)
         seconds = perf_counter() - began
+        block_bytes = self.loop_bytes * scheduler.cache_config.block_size
         measurement = Measurement(
             seconds=seconds,
             requests=requests,
             tokens=sum(map(len, outputs)),
             first_token=median(waits),
+            decoding_seconds=sum(last),
+            decoding_tokens=sum(map(len, outputs)) - len(outputs),
+            kv_bytes=held[0] * block_bytes / max(1, held[1]),
+            context=mean(len(prompt) + self.tokens / 2 for prompt in prompts),
+            loop_bytes=self.loop_bytes,
             entries=dict(entries),
             **self._between(before, self._counted(), sum(map(len, outputs))),
         )
@@ -224,16 +252,17 @@ class Engine:
 
 def answer(
     engine: Any, name: str, prompts: list[list[int]], params: list[Any], batch: int, stepped: Callable[[], float]
-) -> tuple[list[list[int]], list[float]]:
+) -> tuple[list[list[int]], list[float], list[float]]:
     """Have vLLM's LLMEngine answer all prompts (token ids), never more than `batch` at once.
 
     name: no other call has it. stepped: called after each step, says when (`perf_counter`) its tokens left the engine.
 
     Returns:
-        Per request its token ids, and the seconds from its arrival to its first token.
+        Per request its token ids, the seconds from its arrival to its first token, and from that to its last.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     arrived, waits, running = [0.0] * len(prompts), [0.0] * len(prompts), 0
+    decoding = [0.0] * len(prompts)
     waiting = deque(range(len(prompts)))
     while waiting or running:
         while waiting and running < batch:
@@ -248,9 +277,10 @@ def answer(
             if new := output.outputs[0].token_ids:
                 if not outputs[number]:
                     waits[number] = out - arrived[number]
+                decoding[number] = out - arrived[number] - waits[number]
                 outputs[number] += new
             running -= output.finished
-    return outputs, waits
+    return outputs, waits, decoding
 
 
 def difference(after: Any, before: Any) -> Any:

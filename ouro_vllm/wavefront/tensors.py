@@ -1,8 +1,10 @@
 """Runs the passes of `waves` on vLLM's model, KV cache and attention.
 
 Rows of every depth go through one attention call per layer: the KV groups of all loops share one pool of blocks, so a
-row's loop shows only in the block ids it is given (see `ouro_vllm.kv`). A row is a sequence of one query to the
-attention backend; a chunk is a sequence of many.
+row's loop shows only in the block ids it is given (see `ouro_vllm.kv`). Where loops share older keys and values, a
+row's table is put together from two: shared blocks before its window, its own loop's from there on (see
+`ouro_vllm.sharing`).
+A row is a sequence of one query to the attention backend; a chunk is a sequence of many.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ouro_vllm.kv import fold
+from ouro_vllm.sharing import Sharing
 from ouro_vllm.wavefront.flight import Row
 from ouro_vllm.wavefront.waves import Chunk
 
@@ -19,11 +23,13 @@ from ouro_vllm.wavefront.waves import Chunk
 class Step:
     """What stays the same over all passes of an engine step.
 
-    tables: block ids [R, B, W], int32, of loop r + 1, batch row b, block w.
+    tables: block ids [G, B, W], int32, of loop g + 1, batch row b, block w; under sharing the last is what is shared.
+    prompts: tokens in the prompt, per batch row; read under sharing only.
     chunk_ids: token ids [C] of all chunks, in their order; chunk_hidden: their hidden states [C, D] after a pass.
     """
 
     tables: torch.Tensor
+    prompts: Sequence[int] = ()
     chunk_ids: torch.Tensor | None = None
     chunk_hidden: torch.Tensor | None = None
 
@@ -34,6 +40,8 @@ class Passes:
     embed: token ids [N] -> [N, D]. model: (positions [N], hidden [N, D], metadata, slots [N]) -> [N, D].
     metadata: vLLM's CommonAttentionMetadata -> what the attention backend reads.
     choose: (hidden [M, D], M times (lane index, row)) -> tokens [M].
+    loops: R. sharing: how loops share keys and values, None if they do not. caches: where the mean over loops is to be
+        written, the KV cache of each layer, [blocks, ...]; else none.
     """
 
     def __init__(
@@ -46,9 +54,13 @@ class Passes:
         embed: Callable[[torch.Tensor], torch.Tensor],
         model: Callable[[torch.Tensor, torch.Tensor, CommonAttentionMetadata], torch.Tensor],
         choose: Callable[[torch.Tensor, Sequence[tuple[int, Row]]], list[int]],
+        loops: int,
+        sharing: Sharing | None = None,
+        caches: Sequence[torch.Tensor] = (),
     ) -> None:
         self.block_size, self.device = block_size, device
         self.embed, self.model, self.choose = embed, model, choose
+        self.loops, self.sharing, self.caches = loops, sharing, caches
         self.pool = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
         self.step: Step | None = None
 
@@ -80,7 +92,7 @@ class Passes:
             places = torch.tensor(new, dtype=torch.int64).to(self.device, non_blocking=True)
             self.pool[places[:, 0]] = self.embed(places[:, 1])
         hidden = self.pool[slots]
-        table = step.tables[depth, lane, : -(-longest // self.block_size)]
+        table = self._tables(plan[0], plan[2], depth, lane, -(-longest // self.block_size))
 
         counts = [1] * len(rows) + [chunk.tokens for chunk in chunks]
         if chunks:
@@ -118,10 +130,51 @@ class Passes:
             self.pool[slots] = output[: len(rows)]
         if chunks:
             step.chunk_hidden = output[len(rows) :]
+        if self.caches:
+            self._fold(rows, chunks, loop)
         if not read:
             return []
         seen = output if len(read) == output.shape[0] else output[torch.tensor(read).to(self.device)]
         return self.choose(seen, [rows[number] for number in read])
+
+    def _tables(
+        self, lanes: torch.Tensor, ends: torch.Tensor, depth: torch.Tensor, lane: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """Block ids [N, width] that N sequences read, of batch rows `lanes`, whose last positions are `ends` - 1.
+
+        depth, lane: loop - 1 and batch row on the device.
+        """
+        step, sharing = self.step, self.sharing
+        assert step is not None
+        own = step.tables[depth, lane, :width]
+        if sharing is None:
+            return own
+        prompts = step.prompts
+        first = [
+            sharing.start(end - 1, prompts[index]) // sharing.block
+            for index, end in zip(lanes.tolist(), ends.tolist(), strict=True)
+        ]
+        if not any(first):
+            return own
+        before = torch.arange(width) < torch.tensor(first)[:, None]
+        return torch.where(before.to(self.device, non_blocking=True), step.tables[-1, lane, :width], own)
+
+    def _fold(self, rows: Sequence[tuple[int, Row]], chunks: Sequence[Chunk], loop: int) -> None:
+        """Blocks of which this pass ran the last loop of the last position: write the mean over their loops.
+
+        A block is read as shared from `window` positions behind its end on, which no row has reached yet.
+        """
+        ends = [(index, row.position + 1) for index, row in rows if row.depth + 1 == self.loops]
+        done = [(index, end // self.block_size - 1) for index, end in ends if end % self.block_size == 0]
+        if loop == self.loops:
+            for chunk in chunks:
+                full = range(chunk.start // self.block_size, (chunk.start + chunk.tokens) // self.block_size)
+                done += [(chunk.index, block) for block in full]
+        if done:
+            lane, block = torch.tensor(done, dtype=torch.int64).to(self.device, non_blocking=True).unbind(1)
+            ids = self.step.tables[:, lane, block].long()
+            for cache in self.caches:
+                fold(cache, ids[:-1].T, ids[-1])
 
     def kept(self, slots: Sequence[int]) -> torch.Tensor:
         """Hidden states [len(slots), D] of rows."""

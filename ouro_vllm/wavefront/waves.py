@@ -23,6 +23,7 @@ class Lane:
     speculates: False where only the tokens vLLM scheduled may run.
     entry: loops before a readout is fed (see `Flight.boarding`); 0 feeds lookups too, before there is a readout.
     lookup: what has been committed, if entry may be 0.
+    waits: True where nothing may follow in `Waves.forward`, only in a burst.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Lane:
     speculates: bool = True
     entry: int = 1
     lookup: Lookup | None = None
+    waits: bool = False
 
 
 @dataclass(slots=True)
@@ -88,17 +90,23 @@ class Counts:
 
 
 def slots_needed(loops: int, passes: int, requests: int) -> int:
-    """Hidden states to be kept: `Waves.most` rows per request."""
+    """Hidden states to be kept: `Waves.most` rows per request, or more."""
     return requests * (passes + loops)
 
 
 class Waves:
     """Flights of all requests and the passes that carry them."""
 
-    def __init__(self, loops: int, passes: int, requests: int, machine: Machine) -> None:
-        """loops: R. passes: most per burst. requests: most that are under way at once."""
+    def __init__(self, loops: int, passes: int, requests: int, machine: Machine, window: int | None = None) -> None:
+        """loops: R. passes: most per burst. requests: most that are under way at once.
+
+        window: positions of which a row reads its own loop, itself among them, if older ones are shared. What is shared
+        must be final, so that no more rows are under way than these.
+        """
         self.loops, self.machine = loops, machine
         self.most = passes + loops  # rows per flight: what a burst can settle, and what is in flight behind
+        if window is not None:
+            self.most = min(self.most, window)
         self.flights: dict[str, Flight] = {}
         self.free = list(range(slots_needed(loops, passes, requests)))
         self.counts = self._fresh()
@@ -161,7 +169,7 @@ class Waves:
     def burst(self, lanes: Sequence[Lane], passes: int) -> int:
         """Up to `passes` passes with no one waiting. Returns how many had anything to do."""
         for lane in lanes:
-            lane.flight.held = 0
+            lane.flight.held, lane.waits = 0, False
         for number in range(passes):
             if not self._one(lanes, (), 0, follow=True):
                 return number
@@ -189,7 +197,7 @@ class Waves:
         rows: list[tuple[Lane, Row]] = []
         read: list[int] = []
         for lane in lanes:
-            flight, entry, speculates = lane.flight, lane.entry, lane.speculates and follow
+            flight, entry, speculates = lane.flight, lane.entry, lane.speculates and follow and not lane.waits
             if flight.waiting is not None or speculates:
                 boarding = flight.boarding(entry)
                 if boarding and (flight.waiting is not None or len(flight.rows) < self.most):

@@ -1,0 +1,171 @@
+"""Sharing keys and values across loops, through vLLM: the same answers however the work is cut, and the reference's.
+
+Float32, greedy. Windows and blocks are small, so that nearly all an answer reads of its past is shared.
+"""
+
+import pytest
+import torch
+from conftest import CHECKPOINT
+from sharing_reference import SharedReference
+from test_exactness import TOLERANCE, greedy, prompts
+from test_speculation import EAGER, SPECULATOR, assert_idle, drafting, scheduler_of, tokens_of
+
+POLICIES = ["last", "average"]
+WINDOW, BLOCK, TOKENS = 20, 32, 128
+LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 100, 129, 200, 300]
+
+
+def sharing(policy, window=WINDOW, **more):
+    return {"ouro": {"kv_sharing": policy, "kv_window": window, **more}}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def policy(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bank(engine, heldout, policy):
+    """(prompt, answer) of an engine that shares, without speculation, all in one batch."""
+    asked = prompts(heldout, LENGTHS, seed=31)
+    with engine(additional_config=sharing(policy), block_size=BLOCK, enable_prefix_caching=False) as llm:
+        return list(zip(asked, greedy(llm, asked, TOKENS), strict=True))
+
+
+def assert_banked(llm, bank, tokens=TOKENS):
+    assert greedy(llm, [ids for ids, _ in bank], tokens) == [answer[:tokens] for _, answer in bank]
+
+
+def speculating(engine, policy, window=WINDOW, **options):
+    return drafting(engine, ouro={**sharing(policy, window)["ouro"], **EAGER}, **options)
+
+
+def test_logits_are_the_references(engine, heldout, policy):
+    """Raw logits of every generated token, from the whole vocabulary."""
+    from vllm import SamplingParams, TokensPrompt
+
+    reference = SharedReference(CHECKPOINT, policy, WINDOW, BLOCK)
+    exact = SharedReference(CHECKPOINT, "per_loop", WINDOW, BLOCK)
+    vocabulary = reference.config["vocab_size"]
+    params = SamplingParams(
+        temperature=0, max_tokens=100, ignore_eos=True, logprobs=-1, flat_logprobs=True, detokenize=False
+    )
+    with engine(
+        additional_config=sharing(policy), block_size=BLOCK, logprobs_mode="raw_logits", max_logprobs=-1
+    ) as llm:
+        asked = prompts(heldout, [1, 33, 70], seed=32)
+        for ids in asked:
+            output = llm.generate([TokensPrompt(prompt_token_ids=ids)], params, use_tqdm=False)[0].outputs[0]
+            flat = output.logprobs
+            tokens, values = torch.tensor(flat.token_ids).view(-1, vocabulary + 1), torch.tensor(flat.logprobs)
+            got = torch.full((len(tokens), vocabulary), torch.nan).scatter_(1, tokens, values.view(tokens.shape))
+            whole = ids + list(output.token_ids)[:-1]
+            wanted = reference.logits(whole, len(ids))[len(ids) - 1 :]
+            assert (got - wanted).abs().max() <= TOLERANCE
+            assert wanted.argmax(-1).tolist() == list(output.token_ids)
+            # Sharing does show: this test would not pass with loops that read their own.
+            assert (got - exact.logits(whole, len(ids))[len(ids) - 1 :]).abs().max() > 100 * TOLERANCE
+
+
+def test_speculation_batched_and_alone(engine, bank, policy):
+    with speculating(engine, policy) as llm:
+        assert_banked(llm, bank)
+        assert llm.drafts.accepted > 0.3 * TOKENS * len(bank)
+        for pair in bank[::4]:
+            assert_banked(llm, [pair])
+        # A second time, from the prefix cache.
+        assert_banked(llm, bank)
+        assert_idle(llm)
+
+
+def test_chunked_prompts_and_preemption(engine, bank, policy):
+    """A cache for about a third of the requests, and prompts cut into chunks of odd sizes beside decoding."""
+    lost = []
+    with speculating(
+        engine, policy, max_num_batched_tokens=61, max_num_seqs=13, num_gpu_blocks_override=110, max_model_len=480
+    ) as llm:
+        scheduler = scheduler_of(llm)
+        preempt = scheduler._preempt_request
+        scheduler._preempt_request = lambda request, *args, **more: (
+            lost.append(request.num_output_tokens),
+            preempt(request, *args, **more),
+        )
+        assert_banked(llm, bank)
+        assert_idle(llm)
+    assert max(lost, default=0) > 2 * WINDOW
+
+
+def test_preemption_without_speculation(engine, bank, policy):
+    with engine(
+        additional_config=sharing(policy),
+        block_size=BLOCK,
+        max_num_batched_tokens=77,
+        max_num_seqs=13,
+        num_gpu_blocks_override=110,
+        max_model_len=480,
+    ) as llm:
+        scheduler, lost = scheduler_of(llm), []
+        preempt = scheduler._preempt_request
+        scheduler._preempt_request = lambda request, *args, **more: (
+            lost.append(request.num_output_tokens),
+            preempt(request, *args, **more),
+        )
+        assert_banked(llm, bank)
+    assert max(lost, default=0) > 2 * WINDOW
+
+
+@pytest.mark.parametrize("window", [3, 33])
+def test_other_windows(engine, heldout, policy, window):
+    """The smallest that is served, three rows under way, and one just above a block."""
+    asked = prompts(heldout, [1, 40, 77], seed=33)
+    reference = SharedReference(CHECKPOINT, policy, window, BLOCK)
+    with speculating(engine, policy, window) as llm:
+        for ids, answer in zip(asked, greedy(llm, asked, 80), strict=True):
+            wanted = reference.logits(ids + answer[:-1], len(ids))[len(ids) - 1 :].argmax(-1).tolist()
+            assert answer == wanted
+
+
+def test_conversations(engine, heldout, policy):
+    """Turns that begin with earlier prompts and answers: the same with and without prefix caching, and really cached.
+
+    The second turn's prompt holds what the first turn generated, with the keys and values of a prompt. Then the first
+    turn again, beside it: its own answer's blocks must not be taken from the second's prompt.
+    """
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=70, ignore_eos=True, detokenize=False)
+    said, hits = [], []
+    for caching in (False, True):
+        with speculating(engine, policy, enable_prefix_caching=caching) as llm:
+            talk, answers, cached = prompts(heldout, [130], seed=34)[0], [], []
+            for turn in range(3):
+                (output,) = llm.generate([TokensPrompt(prompt_token_ids=talk)], params, use_tqdm=False)
+                ((answer,),) = tokens_of([output])
+                answers.append(answer)
+                cached.append(output.num_cached_tokens)
+                talk = talk + answer + prompts(heldout, [17], seed=35 + turn)[0]
+            said.append(answers)
+            hits.append(cached)
+            first = prompts(heldout, [130], seed=34)[0]
+            assert greedy(llm, [talk, first], 70)[1] == answers[0]
+    assert said[0] == said[1]
+    assert hits[0] == [0, 0, 0] and hits[1][1] >= 128 and hits[1][2] > hits[1][1]
+
+
+def test_draft_verify(engine, bank, policy):
+    with drafting(
+        engine, passes=3, ouro={**sharing(policy)["ouro"], "speculation": "draft-verify"}, max_num_seqs=8
+    ) as llm:
+        assert_banked(llm, bank[:6], 60)
+
+
+def test_tensor_parallel(engine, bank, policy, monkeypatch):
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed for two workers")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    config = {"ouro": {**sharing(policy)["ouro"], **EAGER}}
+    speculative = {**SPECULATOR, "num_speculative_tokens": 8}
+    with engine(
+        additional_config=config, speculative_config=speculative, block_size=BLOCK, tensor_parallel_size=2
+    ) as llm:
+        assert_banked(llm, bank[:6], 64)

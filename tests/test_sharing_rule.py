@@ -1,0 +1,180 @@
+"""The rule of what a row reads under sharing, the options for it, and the blocks that are freed: without an engine."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ouro_vllm.kv import LoopManager, LoopSpec, SharedManager, SharedSpec, decoding_capacity, fold
+from ouro_vllm.options import OptionError, OuroOptions
+from ouro_vllm.sharing import LAST, Sharing
+
+RULES = st.builds(Sharing, st.just(LAST), st.integers(1, 70), st.sampled_from([1, 4, 16, 32]))
+
+
+@given(RULES, st.integers(0, 300), st.integers(1, 150))
+def test_a_window_is_never_smaller_than_asked_for_and_less_than_a_block_larger(rule, position, prompt):
+    start = rule.start(position, prompt)
+    if position < prompt:
+        assert start == 0
+    else:
+        assert start % rule.block == 0
+        assert start <= max(0, position - rule.window + 1) < start + rule.block
+
+
+@given(RULES, st.integers(0, 300), st.integers(1, 200), st.integers(1, 150))
+def test_runs_read_as_shared_only_what_lies_before_them(rule, first, length, prompt):
+    runs = list(rule.runs(first, first + length, prompt))
+    assert [position for begin, end in runs for position in range(begin, end)] == list(range(first, first + length))
+    for number, (begin, end) in enumerate(runs):
+        assert all(rule.start(position, prompt) <= begin for position in range(begin, end))
+        # Neither shorter than need be: the next position could not have come along.
+        assert number == 0 or end == first + length or rule.start(end, prompt) > begin
+
+
+@given(RULES, st.integers(0, 300), st.integers(1, 200), st.integers(1, 150))
+def test_pieces_have_one_window_start_each(rule, first, length, prompt):
+    pieces = list(rule.pieces(first, first + length, prompt))
+    assert [position for begin, end in pieces for position in range(begin, end)] == list(range(first, first + length))
+    for begin, end in pieces:
+        assert len({rule.start(position, prompt) for position in range(begin, end)}) == 1
+
+
+def test_fold_is_the_mean_of_whole_blocks():
+    """Blocks not named keep what they hold; what was in the destination, NaN here, does not matter."""
+    cache = torch.randn(9, 3, 5, 7)
+    cache[[4, 8]] = torch.nan
+    before, own = cache.clone(), torch.tensor([[1, 3, 5], [2, 3, 0]])
+    fold(cache, own, torch.tensor([4, 8]))
+    assert torch.allclose(cache[4], (before[1] + before[3] + before[5]) / 3)
+    assert torch.allclose(cache[8], (before[2] + before[3] + before[0]) / 3)
+    rest = [0, 1, 2, 3, 5, 6, 7]
+    assert torch.equal(cache[rest], before[rest])
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"kv_sharing": "first"}, '`ouro.kv_sharing` is \'first\'.*"per_loop" or "last" or "average"'),
+        ({"kv_sharing": 1}, "`ouro.kv_sharing` is 1"),
+        ({"kv_sharing": "last", "max_loops": 1}, "one loop has nothing to share.*max_loops"),
+        ({"kv_sharing": "last", "kv_window": 2}, "`ouro.kv_window` is 2.*from 3 on"),
+        ({"kv_sharing": "last", "kv_window": 4, "max_loops": 6}, "`ouro.kv_window` is 4.*from 5 on"),
+        ({"kv_sharing": "last", "kv_window": True}, "`ouro.kv_window` is True"),
+        ({"kv_sharing": "last", "kv_window": "64"}, "`ouro.kv_window` is '64'"),
+    ],
+)
+def test_options_that_make_no_sense(given, named):
+    with pytest.raises(OptionError, match=f"(?s){named}"):
+        OuroOptions.parse({"ouro": given}, 4)
+
+
+def test_the_defaults_are_exact():
+    options = OuroOptions.parse({}, 4)
+    assert options.kv_sharing == "per_loop" and not options.shares
+
+
+# What managers hold and publish.
+
+BLOCK = 32
+SIZES = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 16, "dtype": torch.float32}
+
+
+class Pool:
+    """A pool of blocks, and managers of R groups over it, as vLLM's coordinator makes them."""
+
+    def __init__(self, window: int | None, blocks: int = 4000) -> None:
+        from vllm.v1.core.block_pool import BlockPool
+
+        self.pool = BlockPool(blocks, enable_caching=True, hash_block_size=BLOCK)
+        specs = [LoopSpec(loop=loop, window=window, **SIZES) for loop in (1, 2, 3)] + [SharedSpec(**SIZES)]
+        kinds = [LoopManager] * 3 + [SharedManager]
+        self.managers = [
+            kind(spec, self.pool, enable_caching=True, kv_cache_group_id=number, scheduler_block_size=BLOCK)
+            for number, (kind, spec) in enumerate(zip(kinds, specs, strict=True))
+        ]
+
+    def decode(self, request: str, prompt: int, tokens: int, ahead: int) -> None:
+        """Slots for the token behind `tokens`, as `KVCacheManager.allocate_slots` asks for them."""
+        for manager in self.managers:
+            manager.remove_skipped_blocks(request, tokens, prompt)
+            manager.allocate_new_blocks(request, tokens + 1 + ahead, tokens + 1)
+
+    def held(self) -> int:
+        return self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
+
+
+@pytest.mark.parametrize("window", [3, 31, 32, 33, 128, 256])
+def test_what_is_read_is_held_and_little_else(window):
+    """Through a long answer: every block some row reads is there, and what is held stays within the stated bound."""
+    prompt, ahead, pool = random.Random(window).randint(1, 200), 11, Pool(window)
+    rule = Sharing(LAST, window, BLOCK)
+    for manager in pool.managers:
+        manager.allocate_new_blocks("a", prompt + ahead, prompt)
+    for tokens in range(prompt, 1500):
+        pool.decode("a", prompt, tokens, ahead)
+        needed = rule.start(tokens, prompt) // BLOCK
+        for manager in pool.managers[:3]:
+            blocks = manager.req_to_blocks["a"]
+            assert all(not block.is_null for block in blocks[needed:])
+            assert all(block.is_null for block in blocks[:needed])
+        assert not any(block.is_null for block in pool.managers[3].req_to_blocks["a"])
+        whole = -(-(tokens + 1 + ahead) // BLOCK)
+        assert pool.held() <= whole + 3 * (-(-(window + ahead) // BLOCK) + 2)
+
+
+@pytest.mark.parametrize("window", [128, 256])
+def test_a_quarter_of_the_memory_at_8192_tokens(window):
+    held = {}
+    for size in (None, window):
+        pool = Pool(size)
+        for manager in pool.managers:
+            manager.allocate_new_blocks("a", 32, 32)
+        for tokens in range(32, 8192, 16):
+            pool.decode("a", 32, tokens, ahead=0)
+        held[size] = pool.held()
+    assert held[window] <= 0.28 * held[None]
+
+
+def test_the_log_line_reckons_with_what_is_held():
+    """So many requests of that length really fit, and not one more."""
+    context, window, ahead, blocks = 1000, 64, 11, 500
+    fit = decoding_capacity(blocks, BLOCK, context, window, ahead, windowed=3) // context
+    pool = Pool(window, blocks + 1)
+    for number in range(fit):
+        for manager in pool.managers:
+            manager.allocate_new_blocks(f"{number}", 32, 32)
+        for tokens in range(32, context - ahead):
+            pool.decode(f"{number}", 32, tokens, ahead)
+    assert pool.pool.get_num_free_blocks() < pool.held() / fit
+
+
+def test_only_prompts_are_published():
+    """Whatever number of tokens vLLM offers."""
+    for manager in Pool(64).managers:
+        offered = []
+        manager.block_pool = SimpleNamespace(
+            cache_full_blocks=lambda offered=offered, **given: offered.append(given["num_full_blocks"]),
+            hash_block_size=BLOCK,
+        )
+        request = SimpleNamespace(request_id="a", num_prompt_tokens=100, shared_prefix_boundary=0)
+        for tokens in (40, 100, 500):
+            manager.cache_blocks(request, tokens, replay_boundaries=())
+        assert offered == [1, 3]
+
+
+def test_a_request_that_comes_back_is_let_in_by_what_it_can_hold():
+    manager = Pool(64).managers[0]
+    manager.requests, manager.most_tokens = {"a": SimpleNamespace(num_prompt_tokens=100)}, 256
+    asked = {"new_computed_blocks": [], "total_computed_tokens": 0, "num_local_computed_tokens": 0}
+    whole = manager.get_num_blocks_to_allocate("a", 6400, num_tokens_main_model=6400, **asked)
+    capped = manager.get_num_blocks_to_allocate(
+        "a", 6400, num_tokens_main_model=6400, apply_admission_cap=True, **asked
+    )
+    assert whole == 200 and capped == -(-(100 + 64 + 256 + BLOCK) // BLOCK)
