@@ -93,7 +93,7 @@ class SelfSpeculation(KeyedDraws):
         """Called once, after the runner is made and before the model is loaded."""
         self.start_draws()
         config = self.vllm_config
-        options = OuroOptions.parse(config.additional_config, config.model_config.hf_config.total_ut_steps)
+        options = OuroOptions.of(config)
         self._loops, self._burst = options.max_loops, config.speculative_config.num_speculative_tokens
         self._textbook = options.speculation == "draft-verify"
         self._waves: Waves | None = None
