@@ -111,7 +111,7 @@ def choose_worker(vllm_config: "VllmConfig") -> None:
             # A pass is the unit of replay: its rows stand at any depth, which graphs of whole steps cannot express.
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
     elif known and not vllm_config.use_v2_model_runner and vllm_config.scheduler_config.scheduler_cls is None:
-        vllm_config.scheduler_config.scheduler_cls = "ouro_vllm.depths.plain_scheduler"
+        vllm_config.scheduler_config.scheduler_cls = "ouro_vllm.tally.plain_scheduler"
     if known and parallel.worker_cls == "auto":
         parallel.worker_cls = "ouro_vllm.workers.Ouro" + ("CPU" if current_platform.is_cpu() else "GPU") + "Worker"
 

@@ -16,8 +16,21 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from ouro_vllm.tally import complete
 
-@register_kv_cache_spec(manager_class=FullAttentionManager)
+
+class LoopManager(FullAttentionManager):
+    """Publishes blocks of a request under the exit gate only once all its loops have written them.
+
+    A prefix is found only where every group has it, so that the groups of the loops below the last are enough.
+    """
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, up to where the request (vLLM's v1 Request) is complete."""
+        super().cache_blocks(request, complete(request, num_tokens), *args, **kwargs)
+
+
+@register_kv_cache_spec(manager_class=LoopManager)
 @dataclass(frozen=True, kw_only=True)
 class LoopSpec(FullAttentionSpec):
     """Full attention of one loop below the last. The last keeps the plain spec, which is what holds the groups apart.

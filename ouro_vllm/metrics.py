@@ -55,7 +55,10 @@ class Exported:
         self.read: dict[str, tuple[int, int]] = {}  # engine: tokens, sum of their loops
 
     def observe(self, step: dict[str, Any], engine: int) -> None:
-        """step: what `carried` made, or `exits`, tokens by loop (`depths`), or both; engine: among data-parallel ones."""
+        """step: what `carried` made, or `exits`, tokens by loop (see `tally`), or both.
+
+        engine: index among data-parallel engines.
+        """
         label = str(engine)
         tokens, loops = self.read.get(label, (0, 0))
         for loop, count in enumerate(step.get("exits", ()), 1):

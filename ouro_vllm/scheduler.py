@@ -6,10 +6,10 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from ouro_vllm.depths import DepthFigures
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.options import speculates
+from ouro_vllm.tally import DepthFigures
 from ouro_vllm.wavefront.pacing import Pacer, StepReport
 from ouro_vllm.wavefront.waves import Counts
 

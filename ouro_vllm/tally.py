@@ -1,7 +1,7 @@
 """How deep requests are computed, as the scheduler sees it: what its figures say, and which blocks may be shared.
 
-Every request of an Ouro server carries `request.ouro_depth`, a `Tally` of the tokens it got so far; it is there from
-the step of its first token on and stays with the request, finished or not.
+Every request (vLLM's v1 Request) carries `request.ouro_depth`, a `Tally` of the tokens it got so far. It is up to date
+once `update_from_output` here has returned, also for a request that has just finished and left `Scheduler.requests`.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,8 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from ouro_vllm.names import PLUGIN
+from ouro_vllm.names import EXITS, PLUGIN
 from ouro_vllm.options import Depth, OuroOptions, depth_of
-
-EXITS = f"{PLUGIN}_exits"  # attribute of ModelRunnerOutput: request id -> the loops its new tokens were read after
 
 
 @dataclass
@@ -30,6 +28,18 @@ class Tally:
         return self.loops / self.tokens if self.tokens else 0.0
 
 
+def complete(request: Any, tokens: int) -> int:
+    """How many of the first `tokens` of a request have been through all its loops by the end of the step now scheduled.
+
+    Committed rows under the gate run on for at most loops - 1 positions behind the newest (`wavefront.flight`); prompts
+    run all loops in one step, but for their last token.
+    """
+    depth = request.ouro_depth.depth
+    if not depth.gated:
+        return tokens
+    return min(tokens, max(request.num_prompt_tokens - 1, request.num_computed_tokens - depth.loops + 1))
+
+
 class DepthFigures:
     """Counts depths per request and for /metrics. Mixed into a vLLM scheduler, which it finds behind itself."""
 
@@ -38,12 +48,10 @@ class DepthFigures:
         self.ouro = OuroOptions.of(vllm_config)
         self.exits = [0] * self.ouro.max_loops  # tokens by the loop they were read after, since the last report
 
-    def tally(self, request: Any) -> Tally:
-        """The request's, made at first sight (`request` is vLLM's v1 Request)."""
-        tally = getattr(request, "ouro_depth", None)
-        if tally is None:
-            tally = request.ouro_depth = Tally(depth_of(request.sampling_params, self.ouro))
-        return tally
+    def add_request(self, request: Any) -> None:
+        """As vLLM does, with a tally on the request (vLLM's v1 Request)."""
+        request.ouro_depth = Tally(depth_of(request.sampling_params, self.ouro))
+        super().add_request(request)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """As vLLM does, then counts, and sends the counts along (see `patches.carry_metrics`).
@@ -58,7 +66,7 @@ class DepthFigures:
                 count = len(output.new_token_ids)
                 if not count or output.request_id not in seen:
                     continue
-                tally = self.tally(seen[output.request_id])
+                tally = seen[output.request_id].ouro_depth
                 loops = exits.get(output.request_id, ())[:count] or [tally.depth.loops] * count
                 tally.tokens += count
                 tally.loops += sum(loops)

@@ -35,7 +35,7 @@ class ExitPick:
         self.loops, self.least, self.threshold = rows.unbind(1)
         self.gate = gate if any(depth.gated for depth in depths) else None
         self.gated = self.threshold < 1.0
-        self.left = torch.ones_like(self.threshold)
+        self.staying = torch.ones_like(self.threshold)
         self.loop = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)  # 0: has not left
         self.hidden = torch.zeros_like(hidden)
 
@@ -44,8 +44,8 @@ class ExitPick:
         rows = slice(0, hidden.shape[0])
         leaves = self.loops[rows] <= loop
         if self.gate is not None:
-            self.left[rows] *= 1.0 - chance(self.gate(hidden))
-            reached = self.gated[rows] & (self.least[rows] <= loop) & (1.0 - self.left[rows] >= self.threshold[rows])
+            self.staying[rows] *= 1.0 - chance(self.gate(hidden))
+            reached = self.gated[rows] & (self.least[rows] <= loop) & (1.0 - self.staying[rows] >= self.threshold[rows])
             leaves = leaves | reached
         leaves = leaves & (self.loop[rows] == 0)
         self.hidden[rows] = torch.where(leaves[:, None], hidden, self.hidden[rows])
