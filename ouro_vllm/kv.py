@@ -16,7 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
-from ouro_vllm.tally import complete
+from ouro_vllm.wavefront.flight import complete
 
 
 class LoopManager(FullAttentionManager):
@@ -27,7 +27,11 @@ class LoopManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, up to where the request (vLLM's v1 Request) is complete."""
-        super().cache_blocks(request, complete(request, num_tokens), *args, **kwargs)
+        tally = getattr(request, "ouro_depth", None)  # see `tally`
+        if tally is not None and tally.depth.gated:
+            done = complete(tally.depth.loops, request.num_prompt_tokens, request.num_computed_tokens)
+            num_tokens = min(num_tokens, done)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
 @register_kv_cache_spec(manager_class=LoopManager)

@@ -28,18 +28,6 @@ class Tally:
         return self.loops / self.tokens if self.tokens else 0.0
 
 
-def complete(request: Any, tokens: int) -> int:
-    """How many of the first `tokens` of a request have been through all its loops by the end of the step now scheduled.
-
-    Committed rows under the gate run on for at most loops - 1 positions behind the newest (`wavefront.flight`); prompts
-    run all loops in one step, but for their last token.
-    """
-    depth = request.ouro_depth.depth
-    if not depth.gated:
-        return tokens
-    return min(tokens, max(request.num_prompt_tokens - 1, request.num_computed_tokens - depth.loops + 1))
-
-
 class DepthFigures:
     """Counts depths per request and for /metrics. Mixed into a vLLM scheduler, which it finds behind itself."""
 

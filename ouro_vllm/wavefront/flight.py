@@ -50,6 +50,15 @@ class Row:
     staying: float = 1.0
 
 
+def complete(loops: int, prompt: int, computed: int) -> int:
+    """How many positions of a request under the gate have surely run all loops once the step now scheduled is over.
+
+    prompt: its tokens; computed: positions that were committed before the step. Prompts run all loops in the step that
+    ends them, but for the last token, which is read and let go like others.
+    """
+    return max(prompt - 1, computed - loops + 1)
+
+
 class Flight:
     """The rows of one request, oldest first, at consecutive positions; none is deeper than the one before it.
 
