@@ -262,10 +262,8 @@ class Machine:
         assert len(trail) < view.flight.loops, "a trail longer than there are loops to run"
         path = view.path[: rows[0].position] if rows else list(view.path)
         for row in trail:
-            assert (
-                path[row.position]
-                == self.text.path(path[row.position - 1] if row.position else view.root, [row.token])[0]
-            )
+            before = path[row.position - 1] if row.position else view.root
+            assert path[row.position] == self.text.after(before, row.token), "a token that was not committed trails"
             stands[id(row)] = path[row.position]
         for row in rows:
             assert row.position == len(path), "rows do not stand at consecutive positions"

@@ -202,7 +202,8 @@ class Waves:
         read: list[int] = []
         busy = bool(chunks)
         for lane in lanes:
-            flight, entry, speculates = lane.flight, lane.entry, lane.speculates and follow
+            flight, speculates = lane.flight, lane.speculates and follow
+            entry = min(lane.entry, flight.loops)
             if flight.waiting is not None or speculates:
                 boarding = flight.boarding(entry)
                 under_way = len(flight.trail) + len(flight.rows)
