@@ -12,7 +12,6 @@ import torch
 from reference import Reference, exit_loops, logits_at
 from test_exactness import prompts
 from test_speculation import ask, assert_idle, drafting, params, runner_of, scheduler_of, serve, tokens_of
-from vllm.exceptions import VLLMValidationError
 
 LOOPS = 6
 TOKENS = 40
@@ -218,7 +217,7 @@ def test_seeded_draws_are_those_without_speculation(plain, swift, heldout):
 
 
 def test_a_failed_pass_loses_no_loop(swift, reference, heldout, monkeypatch):
-    """Rows that were committed early and then lost are computed again, before anything reads what they did not write."""
+    """Rows that were committed early and then lost are computed again before anything reads what they left out."""
     machine, number = runner_of(swift)._waves.machine, 0
     run = machine.run
 
@@ -256,9 +255,12 @@ def test_a_servers_own_depth(engine, reference, heldout):
     assert_read(reference, asked, answers, [{"ouro_loops": 3, "ouro_exit_threshold": 0.5}, other])
 
 
-@pytest.mark.parametrize(
-    "wish", [{"ouro_loops": 7}, {"ouro_exit_threshold": 0}, {"ouro_loops": 2, "ouro_min_loops": 2}]
-)
+WRONG = [{"ouro_loops": 7}, {"ouro_exit_threshold": 0}, {"ouro_loops": 2, "ouro_min_loops": 2}]
+
+
+@pytest.mark.parametrize("wish", WRONG)
 def test_wrong_depths_are_refused(plain, wish):
+    from vllm.exceptions import VLLMValidationError
+
     with pytest.raises(VLLMValidationError, match="vllm_xargs: `ouro_"):
         ask(plain, [[5, 6, 7]], wished(wish))
