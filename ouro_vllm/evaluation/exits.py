@@ -26,8 +26,9 @@ FLAGS = {FIXED: "ouro_loops", GATE: "ouro_exit_threshold"}  # what a request say
 class Plan:
     """What to measure.
 
-    speed: of which model, for how long, at which batch size (the first), in which modes of `bench.modes`. text: file to measure the loss on, None for the bundled checkpoint's. text_tokens: most of it. sums:
-    expressions per size. thresholds: q of the gate.
+    speed: of which model, for how long, at which batch size (the first), in which modes of `bench.modes`.
+    text: file to measure the loss on, None for the bundled checkpoint's. text_tokens: most of it.
+    sums: expressions per size. thresholds: q of the gate.
     """
 
     speed: run.Plan
