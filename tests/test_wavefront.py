@@ -861,12 +861,6 @@ def test_committed_rows_under_the_gate_trail_until_their_last_loop():
     assert flight.clear() == [2]
 
 
-@given(st.integers(1, 16), st.integers(1, 50), st.integers(0, 60))
-def test_complete_is_what_a_trail_cannot_reach(loops, prompt, computed):
-    done = complete(loops, prompt, computed)
-    assert done == max(prompt - 1, computed - (loops - 1))
-
-
 def test_decided_rows_do_not_keep_a_burst_going():
     machine = Machine(Text(4, 7, 1.0, 3), Memory(4))
     waves, flight = Waves(4, 4, 1, machine), Flight(4, gated=True)
