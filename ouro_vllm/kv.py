@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from ouro_vllm.sharing import LAST, Sharing
+from ouro_vllm.wavefront.flight import complete
 
 
 class SharedManager(FullAttentionManager):
@@ -34,6 +35,9 @@ class SharedManager(FullAttentionManager):
 class LoopManager(FullAttentionManager):
     """Blocks of one loop. Under sharing those before the window go once the prompt is done.
 
+    A prefix is found only where every group has it, so that the groups of the loops below the last are enough to hold
+    back blocks that not all loops have written yet.
+
     Attributes:
         requests: the scheduler's, by id; most_tokens: in one step. Both are set by `OuroScheduler`.
     """
@@ -46,9 +50,13 @@ class LoopManager(FullAttentionManager):
         self.most_tokens = 0
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does; under sharing of the prompt (see `SharedManager`)."""
+        """As vLLM does; under sharing of the prompt (see `SharedManager`), under the exit gate what is complete."""
         if self.sharing is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
+        tally = getattr(request, "ouro_depth", None)  # see `tally`
+        if tally is not None and tally.depth.gated:
+            done = complete(tally.depth.loops, request.num_prompt_tokens, request.num_computed_tokens)
+            num_tokens = min(num_tokens, done)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def remove_skipped_blocks(

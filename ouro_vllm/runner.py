@@ -26,10 +26,11 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import groups_by_loop
-from ouro_vllm.names import PLUGIN
+from ouro_vllm.names import EXITS, PLUGIN
 from ouro_vllm.noise import key
-from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.options import Depth, OuroOptions, depth_of, speculates
 from ouro_vllm.sharing import AVERAGE, Sharing
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
@@ -49,12 +50,15 @@ class KeyedDraws:
     def start_draws(self) -> None:
         """Called once, after the runner is made."""
         self._seeds: dict[str, int] = {}
+        self._options = OuroOptions.of(self.vllm_config)
+        self._depths: dict[str, Depth] = {}
         self._unseeded = torch.Generator().manual_seed(self.model_config.seed)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
+            self._depths[new.req_id] = depth_of(params, self._options)
             if new.req_id not in self._seeds and params is not None:
                 # Every rank sees requests in the same order, so an unseeded one has the same seed on all of them.
                 drawn = int(torch.randint(0, 2**62, (), generator=self._unseeded)) if params.seed is None else None
@@ -66,6 +70,7 @@ class KeyedDraws:
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self._seeds.pop(req_id, None)
+        self._depths.pop(req_id, None)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
         batch = self.input_batch
@@ -94,10 +99,8 @@ class LoopPasses(KeyedDraws):
     def start_passes(self) -> None:
         """Called once, after the runner is made and before the model is loaded."""
         self.start_draws()
-        config = self.vllm_config
-        options = OuroOptions.parse(config.additional_config, config.model_config.hf_config.total_ut_steps)
-        self._options, self._loops = options, options.max_loops
-        speculative = config.speculative_config
+        options, speculative = self._options, self.vllm_config.speculative_config
+        self._loops = options.max_loops
         self._burst = 0 if speculative is None else speculative.num_speculative_tokens
         self._sharing: Sharing | None = None
         self._textbook = options.speculation == "draft-verify"
@@ -107,6 +110,7 @@ class LoopPasses(KeyedDraws):
         self._own_step = self._due = False
         self._lookups: dict[str, Lookup] = {}
         self._committed = 0
+        self._exits: dict[str, list[int]] = {}
 
     # The engine's start.
 
@@ -160,7 +164,7 @@ class LoopPasses(KeyedDraws):
                 machine.step = Step(torch.zeros(self._loops, 1, 1, dtype=torch.int32, device=self.device))
                 began = perf_counter()
                 machine.run(rows, [], (), 0)
-                self.model.compute_logits(machine.kept([row.slot for _, row in rows])).argmax(-1).tolist()
+                self.model.compute_logits(machine.kept([row for _, row in rows])).argmax(-1).tolist()
                 if number:  # the first of a size may compile or allocate
                     self._waves.counts.shapes.append((size, perf_counter() - began))
 
@@ -207,11 +211,11 @@ class LoopPasses(KeyedDraws):
             return self._wave_forward(input_ids)
         except Exception:
             logger.exception("Self-speculation failed in this step; its rows are computed again, plainly.")
-            self._drop_all()
+            self._waves.lose()
             return self._wave_forward(input_ids)
 
     def _wave_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [N, D] after the last loop of the N scheduled tokens."""
+        """Hidden states [N, D] of the N scheduled tokens, each after the loop it is read after."""
         assert self._waves is not None
         waves, batch, scheduled = self._waves, self.input_batch, self._scheduled
         machine: Passes = waves.machine
@@ -220,19 +224,21 @@ class LoopPasses(KeyedDraws):
         discarded = self.discard_request_mask.np[: batch.num_reqs].tolist()
         lanes, chunks, layout, where = [], [], [], 0
         for index, (request, start, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
-            state = self.requests[request]
-            flight = waves.flight(request)
+            state, depth = self.requests[request], self._depths[request]
+            flight = waves.flight(request, depth.loops, depth.gated)
             claimed = 0
             if discarded[index]:  # a prompt that ends in a later step
-                waves.free += flight.clear()
+                waves.free += flight.ground()
             else:
                 known = len(scheduled.scheduled_spec_decode_tokens.get(request, ())) + 1
                 tail = batch.token_ids_cpu[index, start + count - known : start + count].tolist()
                 claimed = waves.claim(flight, start + count - known, tail)
                 self._limit(index, flight, state)
-            if claimed < count:
-                chunks.append(Chunk(index, start, count - claimed, where))
+            lead = 0 if flight.missing is None else start - flight.missing
+            if claimed < count or lead:
+                chunks.append(Chunk(index, start - lead, lead + count - claimed, where, depth.loops, lead))
             follows = bool(self._burst) and not discarded[index] and speculates(state.sampling_params)
+            follows = follows and not (self._textbook and depth.gated)
             # Not yet there for a new request: reading a prompt takes its time, and somebody waits for the first token.
             lookup = None if self._pace.entry else self._lookups.get(request)
             lane = Lane(index, flight, follows, self._pace.entry, lookup)
@@ -247,18 +253,19 @@ class LoopPasses(KeyedDraws):
         for number, stage in enumerate(stages, start=1):
             machine.step = step = Step(tables, prompts)
             if stage:
-                step.chunk_ids = torch.cat([input_ids[c.where : c.where + c.tokens] for c in stage]).long()
+                step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
+                step.exits = self._exits_of(stage)
             waves.forward(lanes if number == len(stages) else [], stage, follow=not self._textbook)
             if stage:
-                ends += zip(stage, step.chunk_hidden.split([c.tokens for c in stage]), strict=True)
+                ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
-        kept = machine.kept([row.slot for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
+        kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
             return kept
         hidden = kept.new_empty(where, kept.shape[1])
         hidden[torch.tensor(layout, dtype=torch.int64, device=self.device)] = kept
         for chunk, end in ends:
-            hidden[chunk.where : chunk.where + chunk.tokens] = end
+            hidden[chunk.where : chunk.where + chunk.tokens - chunk.lead] = end[chunk.lead :]
         return hidden
 
     def _stages(self, chunks: list[Chunk]) -> list[list[Chunk]]:
@@ -269,7 +276,7 @@ class LoopPasses(KeyedDraws):
         """
         sharing = self._sharing
         if sharing is None:
-            return [chunks]
+            return [sorted(chunks, key=lambda chunk: -chunk.loops)]
         batch, stages = self.input_batch, [[]]
         for chunk in chunks:
             prompt = self.requests[batch.req_ids[chunk.index]].num_prompt_tokens
@@ -278,11 +285,28 @@ class LoopPasses(KeyedDraws):
                     stages.append([])
                 for begin, until in sharing.pieces(first, end, prompt):
                     where = chunk.where + begin - chunk.start
-                    stages[number].append(Chunk(chunk.index, begin, until - begin, where))
+                    stages[number].append(Chunk(chunk.index, begin, until - begin, where, chunk.loops))
         resumed = self._scheduled.scheduled_cached_reqs.resumed_req_ids
         if len(stages) > 1 or (stages[0] and resumed):
             stages.append([])
         return stages
+
+    def _exits_of(self, chunks: list[Chunk]) -> ExitPick | None:
+        """Where the gate lets the rows of these chunks go, if it is asked for any."""
+        depths = [self._depths[self.input_batch.req_ids[chunk.index]] for chunk in chunks]
+        if not any(depth.gated for depth in depths):
+            return None
+        tokens = [chunk.tokens for chunk in chunks]
+        pool = self._waves.machine.pool
+        return ExitPick(depths, tokens, pool.new_empty(sum(tokens), pool.shape[1]), self.model.exit_logits)
+
+    def _chunk_ids(self, chunk: Chunk, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids of a chunk, [tokens]; what leads it is not among the step's scheduled ones."""
+        scheduled = input_ids[chunk.where : chunk.where + chunk.tokens - chunk.lead]
+        if not chunk.lead:
+            return scheduled
+        led = self.input_batch.token_ids_cpu[chunk.index, chunk.start : chunk.start + chunk.lead]
+        return torch.cat([torch.from_numpy(led).to(scheduled), scheduled])
 
     def _look_up(self) -> None:
         """Let each lane look up what has been committed of its request, if lookups are fed."""
@@ -348,6 +372,7 @@ class LoopPasses(KeyedDraws):
                 logits[number, list(state.sampling_params.all_stop_token_ids)] = -torch.inf
             if request in batch.random_reqs:
                 random.append(number)
+        self._let_go(hidden, rows)
         tokens = logits.argmax(dim=-1)
         if random:
             metadata: SamplingMetadata = batch.sampling_metadata
@@ -357,15 +382,29 @@ class LoopPasses(KeyedDraws):
             top_k = None if metadata.top_k is None else metadata.top_k[lanes]
             top_p = None if metadata.top_p is None else metadata.top_p[lanes]
             scaled = apply_top_k_top_p(scaled, top_k, top_p)
-            proposing = 1 if self._textbook else self._loops
             generators = {}
             for place, number in enumerate(random):
                 lane, row = rows[number]
                 generators[place] = self.generator(batch.req_ids[lane], row.position + 1)
-                if row.depth + 1 == proposing:
+                last = 1 if self._textbook else self._depths[batch.req_ids[lane]].loops
+                if row.exit or row.depth + 1 == last:
                     row.memo = scaled[place].softmax(dim=-1, dtype=torch.float32)
             tokens[drawn] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
         return tokens.tolist()
+
+    def _let_go(self, hidden: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+        """Ask the gate about the rows of requests that have one: hidden states [M, D] of M times (lane, row)."""
+        depths = [self._depths[self.input_batch.req_ids[lane]] for lane, _ in rows]
+        asked = [number for number, depth in enumerate(depths) if depth.gated]
+        if not asked:
+            return
+        chances = chance(self.model.exit_logits(hidden[torch.tensor(asked, device=self.device)])).tolist()
+        for number, leaving in zip(asked, chances, strict=True):
+            row, depth = rows[number][1], depths[number]
+            row.staying *= 1.0 - leaving
+            loop = row.depth + 1
+            if depth.least <= loop < depth.loops and 1.0 - row.staying >= depth.threshold:
+                row.exit = loop
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
         """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one lacks.
@@ -404,10 +443,14 @@ class LoopPasses(KeyedDraws):
                 continue
             flight, position = lane.flight, int(lengths[lane.index]) - 1
             self._committed += len(sampled)
+            if flight.gated:
+                exits = {row.position: row.exit or row.depth for row in flight.rows[: flight.held]}
+                read = range(position - len(sampled), position)
+                # After a failed pass positions are computed in chunks, and counted as if read after the last loop.
+                self._exits[self.input_batch.req_ids[lane.index]] = [exits.get(at, flight.loops) for at in read]
+            self._waves.restart(flight, position, sampled[-1])
             if sampled[-1] in flight.stops or position >= flight.end:
-                self._waves.free += flight.clear()
-            else:
-                self._waves.restart(flight, position, sampled[-1])
+                self._waves.free += flight.ground()
         self._due = True
         return [[] for _ in self._lanes]
 
@@ -429,7 +472,7 @@ class LoopPasses(KeyedDraws):
                 drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}
         except Exception:
             logger.exception("Self-speculation failed while drafting; this step goes without drafts.")
-            self._drop_all()
+            self._waves.lose()
             drafts = {}
         request_ids = list(self.input_batch.req_ids)
         for index, request in enumerate(request_ids):
@@ -440,18 +483,14 @@ class LoopPasses(KeyedDraws):
                 drafts[index] = drafts[index][: barred - 1]
         return DraftTokenIds(request_ids, [drafts.get(index, []) for index in range(len(request_ids))])
 
-    def _drop_all(self) -> None:
-        """Forget what is under way. Nothing depends on it: vLLM schedules every token until its row is committed."""
-        assert self._waves is not None
-        for request in list(self._waves.flights):
-            self._waves.forget(request)
-
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)
         if self._waves and self._burst:
-            in_flight = sum(len(flight.rows) for flight in self._waves.flights.values())
+            in_flight = sum(len(flight.rows) + len(flight.trail) for flight in self._waves.flights.values())
             setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight))
-            self._committed = 0
+            if self._exits:
+                setattr(output, EXITS, self._exits)
+            self._committed, self._exits = 0, {}
         return output

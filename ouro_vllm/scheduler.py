@@ -14,6 +14,7 @@ from ouro_vllm.kv import LoopManager, decoding_capacity
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.tally import DepthFigures
 from ouro_vllm.wavefront.pacing import Pacer, StepReport
 from ouro_vllm.wavefront.waves import Counts
 
@@ -22,12 +23,12 @@ logger = init_logger(f"vllm.{PLUGIN}.scheduler")
 LOG_SECONDS = 10.0  # vLLM's own interval between lines of statistics
 
 
-class OuroScheduler(Scheduler):
+class OuroScheduler(DepthFigures, Scheduler):
     """vLLM's scheduler. Overridden: `__init__`, `add_request`, `schedule`, `update_from_output`, `make_stats`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        options = OuroOptions.parse(vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps)
+        options = self.ouro
         if self.num_spec_tokens:
             # Rows run ahead of what is scheduled by the passes of a burst and by what is in flight behind them.
             self.num_lookahead_tokens = self.num_spec_tokens + options.max_loops - 1
@@ -36,8 +37,7 @@ class OuroScheduler(Scheduler):
             # turns it off.
             if self.dynamic_sd_lookup is None:
                 self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
-        self.shares = options.shares
-        if self.shares:
+        if options.shares:
             self._share(options)
         self.pacer = Pacer(options.max_loops, self.num_spec_tokens, options.entry_loop)
         self.totals, self.steps = StepReport(Counts(), 0), 0
@@ -69,7 +69,7 @@ class OuroScheduler(Scheduler):
 
         What another request wrote for the same tokens as its prompt is not what this one reads behind its own.
         """
-        if self.shares:
+        if self.ouro.shares:
             request._block_hasher = None  # the prompt's hashes are there already
         super().add_request(request)
 

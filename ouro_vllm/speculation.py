@@ -1,6 +1,5 @@
 """Which servers can self-speculate or share KV: checked before anything is loaded."""
 
-import os
 from typing import TYPE_CHECKING
 
 from ouro_vllm.names import PLUGIN, SPECULATIVE_CONFIG, SPECULATOR
@@ -16,9 +15,7 @@ MOST_PASSES = 128  # vLLM's rejection sampler takes no more drafts per step (MAX
 def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
     """Raises ValueError, naming setting and mend, where `--speculative-config` cannot work for an Ouro model."""
     speculative = vllm_config.speculative_config
-    loops = OuroOptions.parse(
-        vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps
-    ).max_loops
+    loops = OuroOptions.of(vllm_config).max_loops
     if speculative.method != "custom_class" or speculative.model != SPECULATOR:
         raise ValueError(
             f"--speculative-config: an Ouro model drafts with its own early loops. Got method {speculative.method!r}, "
@@ -73,7 +70,6 @@ def check_passes(vllm_config: "VllmConfig", known_platform: bool, what: str, set
 def check_sharing(vllm_config: "VllmConfig", known_platform: bool, options: OuroOptions) -> None:
     """Raises ValueError, naming setting and mend, where `kv_sharing` cannot work. Chooses scheduling that can."""
     setting = f"--additional-config: `{PLUGIN}.kv_sharing`"
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # on CUDA vLLM prefers V2 where it is not told
     check_passes(vllm_config, known_platform, "KV sharing", setting)
     if options.kv_sharing == AVERAGE and vllm_config.cache_config.cache_dtype.startswith("fp8"):
         raise ValueError(

@@ -4,7 +4,8 @@ from typing import Any
 
 from ouro_vllm.options import OuroOptions
 from ouro_vllm.patches import expand_on_cpu
-from ouro_vllm.runner import KeyedDraws, LoopPasses
+from ouro_vllm.plain import PlainDepths
+from ouro_vllm.runner import LoopPasses
 
 
 def install_runner(worker: Any) -> None:
@@ -15,15 +16,14 @@ def install_runner(worker: Any) -> None:
     """
     runner, config = worker.model_runner, worker.vllm_config
     speculative = config.speculative_config is not None
-    options = OuroOptions.parse(config.additional_config, config.model_config.hf_config.total_ut_steps)
-    mixin = LoopPasses if speculative or options.shares else KeyedDraws
+    mixin = LoopPasses if speculative or OuroOptions.of(config).shares else PlainDepths
     runner.__class__ = type(f"Ouro{type(runner).__name__}", (mixin, type(runner)), {})
     if speculative:
         expand_on_cpu()
     if mixin is LoopPasses:
         runner.start_passes()
     else:
-        runner.start_draws()
+        runner.start_plain()
 
 
 def _worker(base: type) -> type:

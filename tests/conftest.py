@@ -23,7 +23,14 @@ sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: what needs no engine, then engines in this process, then servers."""
-    order = {"test_server": 2, "test_exactness": 1, "test_shapes": 1, "test_speculation": 1, "test_sampling": 1}
+    order = {
+        "test_server": 2,
+        "test_exactness": 1,
+        "test_shapes": 1,
+        "test_speculation": 1,
+        "test_sampling": 1,
+        "test_depth": 1,
+    }
     items.sort(key=lambda item: order.get(Path(item.fspath).stem, 0))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ouro_vllm.exits import ExitPick
 from ouro_vllm.kv import fold
 from ouro_vllm.sharing import Sharing
 from ouro_vllm.wavefront.flight import Row
@@ -25,13 +26,20 @@ class Step:
 
     tables: block ids [G, B, W], int32, of loop g + 1, batch row b, block w; under sharing the last is what is shared.
     prompts: tokens in the prompt, per batch row; read under sharing only.
-    chunk_ids: token ids [C] of all chunks, in their order; chunk_hidden: their hidden states [C, D] after a pass.
+    chunk_ids: token ids [C] of all chunks, in their order, deepest first; chunk_hidden: their hidden states [C, D]
+        after the passes they were in. exits: where the gate lets them go, if it is asked for any.
     """
 
     tables: torch.Tensor
     prompts: Sequence[int] = ()
     chunk_ids: torch.Tensor | None = None
     chunk_hidden: torch.Tensor | None = None
+    exits: ExitPick | None = None
+
+    @property
+    def chunks_read(self) -> torch.Tensor | None:
+        """Hidden states [C, D] that the chunks are read from."""
+        return self.chunk_hidden if self.exits is None else self.exits.hidden
 
 
 class Passes:
@@ -39,7 +47,7 @@ class Passes:
 
     embed: token ids [N] -> [N, D]. model: (positions [N], hidden [N, D], metadata, slots [N]) -> [N, D].
     metadata: vLLM's CommonAttentionMetadata -> what the attention backend reads.
-    choose: (hidden [M, D], M times (lane index, row)) -> tokens [M].
+    choose: (hidden [M, D], M times (lane index, row)) -> tokens [M]; sets `exit` of rows that the gate lets go.
     loops: R. sharing: how loops share keys and values, None if they do not. caches: where the mean over loops is to be
         written, the KV cache of each layer, [blocks, ...]; else none.
     """
@@ -62,6 +70,7 @@ class Passes:
         self.embed, self.model, self.choose = embed, model, choose
         self.loops, self.sharing, self.caches = loops, sharing, caches
         self.pool = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
+        self.departed = torch.zeros_like(self.pool)  # of rows that the gate let go: what they were read from
         self.step: Step | None = None
 
     def run(
@@ -98,7 +107,8 @@ class Passes:
         if chunks:
             if loop == 1:
                 step.chunk_hidden = self.embed(step.chunk_ids)
-            hidden = torch.cat([hidden, step.chunk_hidden])
+            running = sum(chunk.tokens for chunk in chunks)  # of the first chunks; those behind are done
+            hidden = torch.cat([hidden, step.chunk_hidden[:running]])
             many = torch.tensor(counts, dtype=torch.int64)
             starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
             starts[1:] = many.cumsum(0)
@@ -129,13 +139,20 @@ class Passes:
         if rows:
             self.pool[slots] = output[: len(rows)]
         if chunks:
-            step.chunk_hidden = output[len(rows) :]
+            step.chunk_hidden[:running] = output[len(rows) :]
+            if step.exits is not None:
+                step.exits.take(loop, step.chunk_hidden[:running])
         if self.caches:
             self._fold(rows, chunks, loop)
         if not read:
             return []
         seen = output if len(read) == output.shape[0] else output[torch.tensor(read).to(self.device)]
-        return self.choose(seen, [rows[number] for number in read])
+        tokens = self.choose(seen, [rows[number] for number in read])
+        gone = [number for number in read if rows[number][1].exit == rows[number][1].depth + 1]
+        if gone:
+            places = torch.tensor([[rows[number][1].slot for number in gone], gone]).to(self.device)
+            self.departed[places[0]] = output[places[1]]
+        return tokens
 
     def _tables(
         self, lanes: torch.Tensor, ends: torch.Tensor, depth: torch.Tensor, lane: torch.Tensor, width: int
@@ -176,6 +193,12 @@ class Passes:
             for cache in self.caches:
                 fold(cache, ids[:-1].T, ids[-1])
 
-    def kept(self, slots: Sequence[int]) -> torch.Tensor:
-        """Hidden states [len(slots), D] of rows."""
-        return self.pool[torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)]
+    def kept(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Hidden states [len(rows), D] that rows are read from: after the gate let them go, or else as they are now."""
+        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64).to(self.device, non_blocking=True)
+        hidden = self.pool[slots]
+        gone = [number for number, row in enumerate(rows) if row.exit]
+        if gone:
+            places = torch.tensor(gone).to(self.device)
+            hidden[places] = self.departed[slots[places]]
+        return hidden
