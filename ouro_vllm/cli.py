@@ -245,9 +245,13 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
         ("--block-size", 1, "tokens to a multiple of which the window's start is rounded down"),
         ("--sequences", 64, "pieces of text"),
         ("--tokens", 512, "tokens of each"),
-        ("--prompt", 256, "tokens of each that are its prompt; the rest counts as generated"),
     ):
         command.add_argument(name, type=positive, default=default, help=f"{what} (default: %(default)s)")
+    command.add_argument(
+        "--prompt",
+        type=positive,
+        help="tokens of each that are its prompt (default: half); the rest is generated",
+    )
     command.add_argument(
         "--sums", type=whole, default=300, help="sums of each size; 0 leaves them out (default: %(default)s)"
     )
@@ -296,7 +300,8 @@ def run_eval(args: argparse.Namespace) -> int:
         policies=args.kv_sharing,
         windows=args.kv_window,
         block=args.block_size,
-        **{name: getattr(args, name) for name in ("sequences", "tokens", "prompt", "sums", "text")},
+        prompt=args.prompt or args.tokens // 2,
+        **{name: getattr(args, name) for name in ("sequences", "tokens", "sums", "text")},
     )
     return sharing.main(plan, results)
 

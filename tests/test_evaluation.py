@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,11 +38,13 @@ class TokenByToken(Reference):
         self.loops = self.config["total_ut_steps"]
         self.kv: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}  # (loop, layer, position) -> its key and value
 
-    def generate(self, ids: list[int]) -> Tensor:
-        """-> logits [T, V] of the last loop."""
-        for self.position, token in enumerate(ids):
+    def generate(self, ids: list[int]) -> Iterator[Tensor]:
+        """-> logits [V] of the last loop, for every token."""
+        for position, token in enumerate(ids):
+            self.position = position
             x = self.w["model.embed_tokens.weight"][[token]]
-            for self.loop in range(1, self.loops + 1):
+            for loop in range(1, self.loops + 1):
+                self.loop = loop
                 for layer in range(self.config["num_hidden_layers"]):
                     x = self.layer(x, f"model.layers.{layer}.")
                 x = self.norm(x, "model.norm.weight")
@@ -335,7 +338,8 @@ def test_arguments_that_do_not_parse(arguments, named, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--prompt", "512"], "--prompt 512: name 1 to 511, less than --tokens 512"),
+        (["--tokens", "1"], "--tokens 1: name 2 or more"),
+        (["--prompt", "512"], "--prompt 512: name 1 to 511, fewer than --tokens 512"),
         (["--tokens", "20000"], "--tokens 20000: the model has 16384 positions"),
         (["--sequences", "100000"], "sequences of 512 tokens and 100000 are asked for"),
         (["--text", "/none/such"], "/none/such cannot be read as text"),
@@ -352,7 +356,9 @@ def test_bad_input_is_one_line(arguments, named, capsys):
 
 def test_checkpoints_that_cannot_be_evaluated_are_named(tmp_path, capsys):
     def refused(name: str, **changes) -> str:
-        folder = write(tmp_path / name, **changes)
+        folder = write(tmp_path / name)
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value}))
         (folder / "tokenizer.json").write_bytes((CHECKPOINT / "tokenizer.json").read_bytes())
         assert cli.main(["eval", str(folder)]) == 1
         return capsys.readouterr().err
