@@ -132,9 +132,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
 def check(plan: Plan) -> None:
     """Raises EvalError for lengths that leave nothing to measure."""
     if plan.tokens < 2:
-        raise EvalError(
-            f"--tokens {plan.tokens}: name 2 or more, one at least for the prompt and one behind it."
-        )
+        raise EvalError(f"--tokens {plan.tokens}: name 2 or more, one at least for the prompt and one behind it.")
     if not 1 <= plan.prompt < plan.tokens:
         raise EvalError(f"--prompt {plan.prompt}: name 1 to {plan.tokens - 1}, fewer than --tokens {plan.tokens}.")
 
