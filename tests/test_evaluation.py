@@ -173,7 +173,13 @@ def test_rows_that_would_read_what_is_not_final_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("window", "block", "starts"),
-    [(0, 1, [0, 1, 2, 3, 4, 5]), (1, 1, [0, 1, 2, 3, 4, 5]), (3, 1, [0, 0, 0, 1, 2, 3]), (3, 2, [0, 0, 0, 0, 2, 2])],
+    [
+        (0, 1, [0, 1, 2, 3, 4, 5]),
+        (1, 1, [0, 1, 2, 3, 4, 5]),
+        (3, 1, [0, 0, 0, 1, 2, 3]),
+        (3, 2, [0, 0, 0, 0, 2, 2]),
+        (0, 3, [0, 0, 2, 3, 3, 5]),
+    ],
 )
 def test_window_starts(window, block, starts):
     assert [Sharing("last", window, block).start(position) for position in range(6)] == starts

@@ -20,8 +20,8 @@ class EvalError(ValueError):
 class Sharing:
     """A policy and how far back a generated token still reads its own loop's KV.
 
-    window: tokens, the reading one among them, so that 0 and 1 are the same. block: the window's start is rounded down
-    to a multiple of it (a server's KV block; 1 is exact to the token).
+    window: tokens, the reading one among them, which it reads at window 0 too. block: the window's start is rounded
+    down to a multiple of it (a server's KV block; 1 is exact to the token).
 
     Raises:
         EvalError: an unknown policy, a negative window, a block below 1.
@@ -47,7 +47,9 @@ class Sharing:
         """First position whose own-loop KV the generated token at `position` reads; before it, it reads shared KV."""
         if not self.shares:
             return 0
-        return max(0, position + 1 - max(self.window, 1)) // self.block * self.block
+        behind = max(0, position + 1 - self.window) // self.block * self.block
+        # A row's own position is never shared: it is not final while the row runs.
+        return min(position, behind)
 
     def steps(self, begin: int, end: int) -> list[tuple[int, int]]:
         """Cut generated positions begin..end-1 so that what a row reads of shared KV lies before its own piece."""
