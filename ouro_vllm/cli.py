@@ -10,7 +10,8 @@ from typing import Any
 
 from ouro_vllm import __version__
 from ouro_vllm.bench.modes import BASE, MODES, with_sharing
-from ouro_vllm.sharing import POLICIES
+from ouro_vllm.evaluation.policies import POLICIES, EvalError, Sharing
+from ouro_vllm.sharing import POLICIES as SERVED
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "examples" / "ouro-tiny"
 
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_doctor(commands)
     add_widen(commands)
     add_bench(commands)
+    add_eval(commands)
     return parser
 
 
@@ -170,7 +172,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--context", type=positive, help="tokens per prompt (default: the prompts as they are)")
     command.add_argument(
         "--kv-sharing",
-        type=policies,
+        type=served,
         default=[],
         help="of last,average: every mode once more, its loops sharing KV (default: none)",
     )
@@ -235,12 +237,12 @@ def modes(text: str) -> list[str]:
     return chosen
 
 
-def policies(text: str) -> list[str]:
+def served(text: str) -> list[str]:
     """`last,average` -> both. Raises what argparse reports on unknown ones."""
     chosen = list(dict.fromkeys(text.split(",")))
     for policy in chosen:
-        if policy not in POLICIES:
-            raise argparse.ArgumentTypeError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
+        if policy not in SERVED:
+            raise argparse.ArgumentTypeError(f"unknown policy {policy!r}; there are {', '.join(SERVED)}")
     return chosen
 
 
@@ -260,14 +262,14 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_exits(args: argparse.Namespace, results: Any) -> int:
-    from ouro_vllm.evaluation import exits
+    from ouro_vllm.bench.exits import measure
 
     if args.source is not None:
         print("--exit measures anew: leave out --from.", file=sys.stderr)
         return 1
     speed = plan_of(args, [BASE, "wavefront"], args.batch[:1])
-    plan = exits.Plan(speed, args.text, args.text_tokens, args.sums, args.thresholds)
-    return exits.main(plan, results)
+    plan = measure.Plan(speed, args.text, args.text_tokens, args.sums, args.thresholds)
+    return measure.main(plan, results)
 
 
 def plan_of(args: argparse.Namespace, compared: list[str], sizes: list[int]) -> Any:
@@ -283,6 +285,93 @@ def plan_of(args: argparse.Namespace, compared: list[str], sizes: list[int]) -> 
         **{name: getattr(args, name) for name in ("prompts", "rounds", "tokens", "turns", "passes", "drafts")},
         **{name: getattr(args, name) for name in ("dtype", "sampled", "flat_rows")},
     )
+
+
+def add_eval(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="what sharing the KV cache across loops costs in quality",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="policies:\n" + "".join(f"  {policy}: {what}\n" for policy, what in POLICIES.items()),
+    )
+    command.add_argument(
+        "model", nargs="?", type=Path, default=BUNDLED_MODEL, help="folder of the checkpoint (default: %(default)s)"
+    )
+    command.add_argument(
+        "--kv-sharing",
+        type=policies,
+        default=list(POLICIES),
+        help=f"policies to compare with per_loop (default: {','.join(POLICIES)})",
+    )
+    command.add_argument(
+        "--kv-window",
+        type=windows,
+        default=[0, 64, 256],
+        help="tokens of which a generated one reads its own loop's KV (default: 0,64,256)",
+    )
+    for name, default, what in (
+        ("--block-size", 1, "tokens to a multiple of which the window's start is rounded down"),
+        ("--sequences", 64, "pieces of text"),
+        ("--tokens", 512, "tokens of each"),
+    ):
+        command.add_argument(name, type=positive, default=default, help=f"{what} (default: %(default)s)")
+    command.add_argument(
+        "--prompt",
+        type=positive,
+        help="tokens of each that are its prompt (default: half); the rest is generated",
+    )
+    command.add_argument(
+        "--sums", type=whole, default=300, help="sums of each size; 0 leaves them out (default: %(default)s)"
+    )
+    command.add_argument("--text", type=Path, help="a text of your own instead of the held-out one")
+    command.add_argument("--json", type=Path, help="file for all figures")
+    command.add_argument("--readme", type=Path, help="file that takes the table between its marks")
+    command.add_argument("--mark", default="eval", help="they are <!-- MARK --> and <!-- /MARK --> (default: eval)")
+    command.add_argument(
+        "--from", dest="source", type=Path, help="report what an earlier --json holds, measure nothing"
+    )
+    command.set_defaults(run=run_eval, hands_on=False)
+
+
+def whole(text: str) -> int:
+    """`0` -> 0. Raises what argparse reports on anything but a whole number from 0 on."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def windows(text: str) -> list[int]:
+    """`64,0` -> [0, 64]. Raises what argparse reports where `whole` does."""
+    return sorted({whole(part) for part in text.split(",")})
+
+
+def policies(text: str) -> list[str]:
+    """`last,first` -> both. Raises what argparse reports on unknown policies."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    try:
+        for policy in chosen:
+            Sharing(policy)
+    except EvalError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return chosen
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from ouro_vllm.bench.run import Results
+    from ouro_vllm.evaluation import sharing
+
+    results = Results(json=args.json, readme=args.readme, mark=args.mark)
+    if args.source is not None:
+        return sharing.redraw(args.source, results)
+    plan = sharing.Plan(
+        model=args.model,
+        policies=args.kv_sharing,
+        windows=args.kv_window,
+        block=args.block_size,
+        prompt=args.prompt or args.tokens // 2,
+        **{name: getattr(args, name) for name in ("sequences", "tokens", "sums", "text")},
+    )
+    return sharing.main(plan, results)
 
 
 if __name__ == "__main__":

@@ -1,253 +1,392 @@
-"""Quality by depth: the forward, the ways of leaving and the figures of `ouro-vllm bench --exit`, without an engine."""
+"""`ouro-vllm eval`: its forward against slow ones, its figures on a small scale, and what it refuses. No engine."""
 
 import json
+import math
 import random
+import re
+from collections.abc import Iterator
 
 import pytest
 import torch
-from checkpoints import write
-from conftest import CHECKPOINT
-from hypothesis import given
-from hypothesis import strategies as st
-from reference import Depth, Reference, exit_loops
-from tokenizers import Tokenizer
+from checkpoints import edit, write
+from conftest import CHECKPOINT, ROOT
+from reference import Reference
+from torch import Tensor
 
-from ouro_vllm.bench.run import save
-from ouro_vllm.cli import build_parser, main
-from ouro_vllm.evaluation import curve
-from ouro_vllm.evaluation.data import DataError, held_out, sizes, sums
-from ouro_vllm.evaluation.forward import Forward
-from ouro_vllm.evaluation.policies import (
-    FIXED,
-    GATE,
-    STILL,
-    STRIDE,
-    SURE,
-    WINDOW,
-    Scores,
-    between,
-    chosen,
-    quality,
-    score_rows,
-    score_sums,
-    score_text,
-    settings,
-    windows,
+from ouro_vllm import cli
+from ouro_vllm.evaluation import data, report, sharing
+from ouro_vllm.evaluation.forward import Cache, Looped, follow
+from ouro_vllm.evaluation.policies import POLICIES, EvalError, Sharing
+from ouro_vllm.weights import CheckpointError
+
+SHAPES = {
+    "plain": {},
+    "grouped": {"num_key_value_heads": 2},
+    "one_pair": {"num_key_value_heads": 1, "num_hidden_layers": 1, "total_ut_steps": 5},
+    "tied": {"tie_word_embeddings": True, "vocab_size": 97},
+    "wide_heads": {"head_dim": 80, "hidden_size": 96, "intermediate_size": 50, "num_key_value_heads": 2},
+    "new_rope": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+}
+
+
+class TokenByToken(Reference):
+    """The policies once more, after their definition: one token, one loop, one position looked up at a time."""
+
+    def __init__(self, folder, policy: str, window: int, block: int, prompt: int) -> None:
+        super().__init__(folder)
+        self.policy, self.window, self.block, self.prompt = policy, window, block, prompt
+        self.loops = self.config["total_ut_steps"]
+        self.kv: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}  # (loop, layer, position) -> its key and value
+
+    def generate(self, ids: list[int]) -> Iterator[Tensor]:
+        """-> logits [V] of the last loop, for every token."""
+        for position, token in enumerate(ids):
+            self.position = position
+            x = self.w["model.embed_tokens.weight"][[token]]
+            for loop in range(1, self.loops + 1):
+                self.loop = loop
+                for layer in range(self.config["num_hidden_layers"]):
+                    x = self.layer(x, f"model.layers.{layer}.")
+                x = self.norm(x, "model.norm.weight")
+            head = "lm_head.weight" if "lm_head.weight" in self.w else "model.embed_tokens.weight"
+            logits = x @ self.w[head].T
+            yield logits[0]
+
+    def attention(self, x: Tensor, name: str) -> Tensor:
+        heads = self.config["num_attention_heads"]
+        pairs = self.config.get("num_key_value_heads") or heads
+        q, k, v = (
+            (x @ self.w[f"{name}{part}_proj.weight"].T).view(1, n, -1)
+            for part, n in (("q", heads), ("k", pairs), ("v", pairs))
+        )
+        self.kv[self.loop, name, self.position] = self.turned(k), v[0]
+        q = self.turned(q)
+        found = [self.looked_up(name, position) for position in range(self.position + 1)]
+        out = []
+        for head in range(heads):
+            pair = head * pairs // heads
+            score = torch.stack([key[pair] @ q[head] for key, _ in found]) / math.sqrt(q.shape[-1])
+            out.append(sum(w * value[pair] for w, (_, value) in zip(score.softmax(0), found, strict=True)))
+        return torch.cat(out)[None] @ self.w[name + "o_proj.weight"].T
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Rotary position of the current token on [1, heads, size] -> [heads, size]."""
+        return self.rotate(torch.cat([torch.zeros(self.position, *x.shape[1:]), x]))[-1]
+
+    def looked_up(self, name: str, position: int) -> tuple[Tensor, Tensor]:
+        """Key and value that the current row reads of an earlier position, or of its own."""
+        own = self.kv[self.loop, name, position]
+        if self.policy == "per_loop" or self.position < self.prompt or position == self.position:
+            return own
+        border = max(0, self.position - self.window + 1)
+        while border % self.block:
+            border -= 1
+        if position >= border:
+            return own
+        every = [self.kv[loop, name, position] for loop in range(1, self.loops + 1)]
+        if self.policy == "average":
+            return tuple(torch.stack(entries).mean(0) for entries in zip(*every, strict=True))
+        return {"last": every[-1], "first": every[0]}[self.policy]
+
+
+def fresh(vocabulary: int, *shape: int, seed: int) -> Tensor:
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# The forward.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [1, 2, 37])
+def test_prompts_are_the_references(tmp_path, shape, length):
+    folder = write(tmp_path, seed=length, **SHAPES[shape])
+    model, yardstick = Looped(folder), Reference(folder)
+    ids = fresh(model.config.vocab_size, 3, length, seed=5)
+    states = model.extend(ids, Cache(model.config, 3, length))
+    assert len(states) == model.config.total_ut_steps
+    for row in range(3):
+        for state, depth in zip(states, yardstick.run(ids[row].tolist()), strict=True):
+            assert (state[row] - depth.hidden).abs().max() < 1e-4
+            assert (model.logits(state[row]) - depth.logits).abs().max() < 1e-4
+
+
+def test_a_head_of_its_own_beside_tied_embeddings_is_used(tmp_path):
+    head = torch.randn(163, 128, generator=torch.Generator().manual_seed(7)) / 11
+    folder = edit(write(tmp_path, tie_word_embeddings=True), lm_head__weight=head)
+    model = Looped(folder)
+    hidden = model.extend(torch.tensor([[4, 9]]), Cache(model.config, 1, 2))[-1]
+    assert (model.logits(hidden)[0] - Reference(folder).run([4, 9])[-1].logits).abs().max() < 1e-4
+
+
+def test_prompts_in_pieces_are_the_same_prompts(tmp_path):
+    model = Looped(write(tmp_path))
+    ids = fresh(163, 2, 29, seed=1)
+    whole = model.extend(ids, Cache(model.config, 2, 29))[-1]
+    cache = Cache(model.config, 2, 29)
+    pieces = [model.extend(ids[:, a:b], cache)[-1] for a, b in ((0, 1), (1, 12), (12, 29))]
+    assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", ["plain", "grouped", "one_pair"])
+def test_every_policy_is_its_definition(tmp_path, policy, shape):
+    folder = write(tmp_path, seed=11, **SHAPES[shape])
+    model = Looped(folder)
+    dice = random.Random(f"{policy} {shape}")
+    for window, block in ((0, 1), (1, 1), (2, 1), (5, 1), (7, 4), (0, 3), (3, 8), (40, 1)):
+        prompt, generated = dice.randint(1, 9), dice.randint(1, 14)
+        ids = fresh(163, 2, prompt + generated, seed=dice.randrange(2**31))
+        cache = Cache(model.config, *ids.shape)
+        model.extend(ids[:, :prompt], cache)
+        hidden = follow(model, ids, cache, prompt, Sharing(policy, window, block))
+        for row in range(2):
+            slow = TokenByToken(folder, policy, window, block, prompt)
+            right = torch.stack(list(slow.generate(ids[row].tolist())))[prompt:]
+            assert (model.logits(hidden[row]) - right).abs().max() < 1e-4, (window, block, prompt, generated)
+
+
+def test_a_cache_is_used_again_and_a_long_window_is_per_loop(tmp_path):
+    """Settings one after the other on one cache, as the measurement runs them, leave nothing to the next."""
+    model = Looped(write(tmp_path, seed=2))
+    ids = fresh(163, 2, 31, seed=3)
+    used = Cache(model.config, 2, 31)
+    model.extend(ids[:, :13], used)
+    base = follow(model, ids, used, 13, Sharing("per_loop"))
+    for policy in ("last", "average", "first", "last"):
+        again = follow(model, ids, used, 13, Sharing(policy, 4))
+        new = Cache(model.config, 2, 31)
+        model.extend(ids[:, :13], new)
+        assert torch.equal(again, follow(model, ids, new, 13, Sharing(policy, 4)))
+        assert (again - base).abs().max() > 1e-3
+        assert (follow(model, ids, used, 13, Sharing(policy, 31)) - base).abs().max() < 1e-4
+    assert (follow(model, ids, used, 13, Sharing("per_loop")) - base).abs().max() < 1e-4
+
+
+def test_rows_that_would_read_what_is_not_final_are_refused(tmp_path):
+    model = Looped(write(tmp_path))
+    cache = Cache(model.config, 1, 8)
+    model.extend(torch.tensor([[1, 2, 3]]), cache)
+    cache.rewind(3, "last")
+    with pytest.raises(ValueError, match="position 6 reads shared KV up to 3, final only before 3"):
+        model.extend(torch.tensor([[4, 5, 6, 7]]), cache, [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("window", "block", "starts"),
+    [
+        (0, 1, [0, 1, 2, 3, 4, 5]),
+        (1, 1, [0, 1, 2, 3, 4, 5]),
+        (3, 1, [0, 0, 0, 1, 2, 3]),
+        (3, 2, [0, 0, 0, 0, 2, 2]),
+        (0, 3, [0, 0, 2, 3, 3, 5]),
+    ],
 )
+def test_window_starts(window, block, starts):
+    assert [Sharing("last", window, block).start(position) for position in range(6)] == starts
+    assert [Sharing("per_loop", window, block).start(position) for position in range(6)] == [0] * 6
+
+
+# What is measured on.
+
+
+def test_sums_are_the_model_cards():
+    from evaluate import sum_prompts
+
+    tokens = data.tokenizer(CHECKPOINT)
+    for operators in (1, 4):
+        prompts, answers = sum_prompts(tokens, operators)
+        found = data.sums(tokens, operators, 40)
+        assert [one.ids for one in found] == prompts[:40] and [one.answer for one in found] == answers[:40]
+        for one in found:
+            assert tokens.decode(one.ids[: one.prompt]).endswith("\n")
+            assert tokens.decode(one.ids[one.prompt :]).count("\n") == 0
+            assert len(one.ids) - one.prompt == 2 * operators + 2
+
+
+def test_windows_are_spread_over_the_text():
+    stream = list(range(101))
+    assert data.windows(stream, 10, 10).tolist() == [stream[at : at + 11] for at in range(0, 100, 10)]
+    assert data.windows(stream, 2, 10)[:, 0].tolist() == [0, 50]
+    with pytest.raises(EvalError, match="holds 10 sequences of 10 tokens and 11 are asked for: lower --sequences"):
+        data.windows(stream, 11, 10)
+
+
+# The measurement.
 
 
 @pytest.fixture(scope="module")
-def forward():
-    return Forward(CHECKPOINT)
+def small() -> dict:
+    """Figures of the bundled checkpoint, few of everything."""
+    plan = sharing.Plan(CHECKPOINT, list(POLICIES), [0, 16], sequences=6, tokens=120, prompt=60, sums=40)
+    return sharing.measure(plan, lambda said: None)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+def cost(figures: dict, policy: str, window: int) -> float:
+    (found,) = (one for one in figures["settings"] if (one["policy"], one["window"]) == (policy, window))
+    return found["cost"]["mean"]
 
 
-def test_the_forward_is_the_references(forward, reference, heldout):
-    """Batched, at every loop, one loop more than was trained."""
-    asked = [heldout[100:177], heldout[5000:5077]]
-    states = forward.loops(torch.tensor(asked), 5)
-    for row, ids in enumerate(asked):
-        for state, depth in zip(states, reference.run(ids, 5), strict=True):
-            assert torch.allclose(state[row], depth.hidden, atol=1e-4)
-            assert torch.allclose(forward.readout(state[row]), depth.logits, atol=1e-3)
-            assert torch.allclose(forward.gate(state[row]), depth.exit_logit, atol=1e-4)
+def test_the_control_fails_and_the_others_do_not(small):
+    assert [(one["policy"], one["window"]) for one in small["settings"]] == [
+        ("per_loop", None),
+        *((policy, window) for policy in ("last", "average", "first") for window in (0, 16)),
+    ]
+    for window in (0, 16):
+        assert cost(small, "first", window) > 5 * abs(cost(small, "last", window))
+        assert cost(small, "first", window) > 2 * abs(cost(small, "average", window))
+    assert cost(small, "first", 16) < cost(small, "first", 0)
+    base, *shared = small["settings"]
+    assert base["cost"]["mean"] == 0 and base["agreement"]["mean"] == 1
+    assert all(0 < one["agreement"]["mean"] < 1 for one in shared)
 
 
-def test_the_forward_knows_grouped_heads_and_tied_embeddings(tmp_path):
-    folder = write(tmp_path, num_key_value_heads=2, tie_word_embeddings=True)
-    ids = [5, 9, 100, 7, 7, 3]
-    (*_, state), (*_, depth) = Forward(folder).loops(torch.tensor([ids]), 3), Reference(folder).run(ids)
-    assert torch.allclose(state[0], depth.hidden, atol=1e-4)
-    assert torch.allclose(Forward(folder).readout(state[0]), depth.logits, atol=1e-3)
+def test_figures_are_those_of_the_reference(small, heldout):
+    """Loss and accuracy of per_loop, computed once more without batches or a cache."""
+    tokens, yardstick = data.tokenizer(CHECKPOINT), Reference(CHECKPOINT)
+    base = small["settings"][0]
+    stream = data.held_out(tokens)
+    assert stream[1:101] == heldout[:100]
+    losses = []
+    for ids in data.windows(stream, 6, 120).tolist():
+        logits = yardstick.run(ids[:-1])[-1].logits[60:]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[61:])).item())
+    assert base["loss_by_sequence"] == pytest.approx(losses, abs=1e-4)
+    assert base["loss"]["mean"] == pytest.approx(sum(losses) / 6, abs=1e-4)
+    for row in base["sums"][1:3]:
+        asked = data.sums(tokens, row["operators"], 40)
+        right = [yardstick.run(one.ids)[-1].logits[-1].argmax() == one.answer for one in asked]
+        assert row["accuracy"]["mean"] == pytest.approx(sum(right) / 40)
 
 
-def test_other_rotary_embeddings_are_refused(tmp_path):
-    folder = write(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0})
-    with pytest.raises(ValueError, match="'linear'"):
-        Forward(folder)
+def test_means_and_errors():
+    found = sharing.mean(torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
+    assert found == {"mean": 3.0, "error": pytest.approx((7 / 3) ** 0.5)}
+    assert sharing.mean(torch.tensor([2.0]))["error"] is None
 
 
-@given(st.integers(1, 3 * WINDOW))
-def test_windows_score_every_place_once_behind_enough_context(count):
-    scored = []
-    for done, start, stop in windows(count):
-        assert stop - start <= WINDOW
-        assert start == 0 or done - start >= STRIDE
-        scored += range(done, stop)
-    assert scored == list(range(count))
+def test_sequences_run_together_or_apart_measure_the_same(small, monkeypatch):
+    monkeypatch.setattr(sharing, "MOST_SEQUENCES", 4)
+    plan = sharing.Plan(CHECKPOINT, ["average"], [0], sequences=6, tokens=120, prompt=60, sums=0)
+    apart = sharing.measure(plan, lambda said: None)
+    assert cost(apart, "average", 0) == pytest.approx(cost(small, "average", 0), abs=1e-5)
 
 
-def test_text_is_scored_as_the_reference_scores_it(forward, reference, heldout):
-    """Longer than a window: the first tokens by the whole text, the last by their own window."""
-    ids = heldout[: WINDOW + 100]
-    scores = score_text(forward, ids, 4)
-    assert scores.loss.shape == (4, len(ids) - 1)
-    for start, part in ((0, slice(0, WINDOW)), (99, slice(WINDOW, WINDOW + 99))):
-        depths = reference.run(ids[start:-1] if start else ids[:WINDOW])
-        for loop, depth in enumerate(depths):
-            logits = depth.logits[part.start - start : part.stop - start]
-            targets = torch.tensor(ids[part.start + 1 : part.stop + 1])
-            wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-            assert torch.allclose(scores.loss[loop, part], wanted, atol=1e-3)
-            assert torch.equal(scores.right[loop, part], (logits.argmax(-1) == targets).float())
-            assert torch.allclose(scores.top[loop, part], logits.softmax(-1).max(-1).values, atol=1e-4)
+# The command.
+
+QUICK = ["--sequences", "2", "--tokens", "40", "--prompt", "20", "--sums", "3", "--kv-sharing", "last,first"]
 
 
-def random_scores(loops: int, tokens: int, seed: int) -> Scores:
-    draw = torch.Generator().manual_seed(seed)
-    loss, top, change = (torch.rand(loops, tokens, generator=draw) for _ in range(3))
-    right = (torch.rand(loops, tokens, generator=draw) < 0.5).float()
-    return Scores(loss, right, top, torch.randn(loops, tokens, generator=draw), change)
+def test_the_command_writes_json_and_the_table_and_reports_it_anew(tmp_path, capsys):
+    readme, saved = tmp_path / "README.md", tmp_path / "new" / "eval.json"
+    readme.write_text("before\n<!-- eval -->\nold\n<!-- /eval -->\nafter\n")
+    assert cli.main(["eval", *QUICK, "--kv-window", "8,0", "--json", str(saved), "--readme", str(readme)]) == 0
+    printed = capsys.readouterr().out
+    page = readme.read_text()
+    assert page.startswith("before\n<!-- eval -->\n\nouro-tiny") and page.endswith("<!-- /eval -->\nafter\n")
+    assert "old" not in page
+    table = page.split("<!-- eval -->\n\n")[1].split("\n<!-- /eval -->")[0]
+    assert table in printed
+    rows = [line for line in table.splitlines() if re.match(r"\| (per_loop|last|first)", line)]
+    assert [row.split(" | ")[:2] for row in rows[:5]] == [
+        ["| per_loop", ""],
+        ["| last", "0"],
+        ["| last", "8"],
+        ["| first (control)", "0"],
+        ["| first (control)", "8"],
+    ]
+    assert "| last | 78.85 | 80.40 |" in table and "arXiv 2510.25741, Table 14" in table
+    assert "Sharing is not lossless" in table
+    written = json.loads(saved.read_text())
+    assert written["sequences"] == 2 and len(written["settings"]) == 5 and written["sums"] == 3
+    assert cli.main(["eval", "--from", str(saved)]) == 0
+    assert capsys.readouterr().out.strip() == table.strip()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_rows_leave_where_the_definitions_say(seed):
-    dice = random.Random(seed)
-    loops = dice.randint(1, 6)
-    scores = random_scores(loops, 57, seed)
-    depths = [Depth(None, None, gate) for gate in scores.gate]
-    for q in (0.2, 0.5, 0.95):
-        assert torch.equal(chosen(scores, GATE, q) + 1, exit_loops(depths, q))
-    for policy, table, leaves in (
-        (SURE, scores.top, lambda value: value >= 0.7),
-        (STILL, scores.change, lambda value: value <= 0.3),
-    ):
-        wanted = [next((t for t in range(loops) if leaves(table[t, n])), loops - 1) for n in range(57)]
-        assert chosen(scores, policy, 0.7 if policy == SURE else 0.3).tolist() == wanted
-    assert chosen(scores, FIXED, loops).tolist() == [loops - 1] * 57
+def test_a_text_of_ones_own_without_the_examples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "CORPUS", tmp_path / "none.py")
+    data.corpus.cache_clear()
+    try:
+        own = tmp_path / "own.txt"
+        own.write_text((ROOT / "README.md").read_text())
+        assert cli.main(["eval", *QUICK, "--kv-window", "0", "--sums", "0", "--text", str(own)]) == 0
+        printed = capsys.readouterr().out
+        assert "of own.txt; the first 20" in printed and "operator" not in printed
+        assert cli.main(["eval", *QUICK]) == 1
+        assert "none.py is not there: install ouro-vllm from a checkout" in capsys.readouterr().err
+    finally:
+        data.corpus.cache_clear()
 
 
-def test_changes_are_shares_of_the_norm_before(forward):
-    states = [torch.randn(9, forward.head.shape[1]) for _ in range(3)]
-    scores = score_rows(forward, states, torch.arange(9))
-    assert scores.change[0].isinf().all()
-    for loop in (1, 2):
-        for row in range(9):
-            moved = torch.dist(states[loop][row], states[loop - 1][row]) / states[loop - 1][row].norm()
-            assert scores.change[loop, row] == pytest.approx(float(moved), rel=1e-5)
+def test_a_control_that_does_not_fail_is_told(small):
+    figures = json.loads(json.dumps(small))
+    assert "`first` fails, as it must" in report.text(figures)
+    for one in figures["settings"]:
+        one["cost"]["mean"] = 0.01
+    assert "`first` does NOT fail" in report.text(figures)
 
 
-def test_quality_of_fixed_depths_is_their_own_baseline():
-    text, some = random_scores(4, 50, 1), {1: random_scores(4, 20, 2), 3: random_scores(4, 30, 3)}
-    for depth in range(1, 5):
-        found = quality(text, some, FIXED, depth)
-        assert found["mean_depth"] == found["sums"]["mean_depth"] == depth
-        assert found["loss"] == pytest.approx(found["loss_of_fixed"]) == float(text.loss[depth - 1].mean())
-        assert found["sums"]["accuracy"] == {str(n): float(one.right[depth - 1].mean()) for n, one in some.items()}
-        assert found["sums"]["mean_accuracy"] == pytest.approx(found["sums"]["mean_accuracy_of_fixed"])
-        assert found["shares"] == [float(loop == depth) for loop in range(1, 5)]
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--kv-sharing", "last,frist"], "Unknown KV sharing policy 'frist': there are per_loop, last, average, first"),
+        (["--kv-window=-1"], "'-1' is no whole number from 0 on"),
+        (["--kv-window", "0,x"], "'x' is no whole number from 0 on"),
+        (["--tokens", "0"], "'0' is no whole number from 1 on"),
+    ],
+)
+def test_arguments_that_do_not_parse(arguments, named, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["eval", *arguments])
+    assert end.value.code == 2
+    assert named in capsys.readouterr().err
 
 
-def test_between():
-    assert [between([4.0, 2.0, 1.0], depth) for depth in (1, 1.5, 2, 2.25, 3)] == [4.0, 3.0, 2.0, 1.75, 1.0]
-    assert between([4.0], 1.0) == 4.0
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--tokens", "1"], "--tokens 1: name 2 or more"),
+        (["--prompt", "512"], "--prompt 512: name 1 to 511, fewer than --tokens 512"),
+        (["--tokens", "20000"], "--tokens 20000: the model has 16384 positions"),
+        (["--sequences", "100000"], "sequences of 512 tokens and 100000 are asked for"),
+        (["--text", "/none/such"], "/none/such cannot be read as text"),
+        (["--readme", "/none/README.md"], "/none/README.md is not there"),
+        (["/none/model"], "/none/model holds no config.json: name a checkpoint's folder"),
+        (["--from", "/none/eval.json"], "/none/eval.json cannot be read as figures"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, named, capsys):
+    assert cli.main(["eval", *arguments]) == 1
+    errors = capsys.readouterr().err
+    assert named in errors and errors.count("\n") == 1
 
 
-def test_sums_are_right_fresh_for_each_size_and_the_same_every_time(tokenizer):
-    def value(tokens: list[str]) -> int:
-        head = tokens.pop(0)
-        if head.isdigit():
-            return int(head)
-        a, b = value(tokens), value(tokens)
-        return {"+": a + b, "-": a - b, "*": a * b}[head]
+def test_checkpoints_that_cannot_be_evaluated_are_named(tmp_path, capsys):
+    def refused(name: str, **changes) -> str:
+        folder = write(tmp_path / name)
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value}))
+        (folder / "tokenizer.json").write_bytes((CHECKPOINT / "tokenizer.json").read_bytes())
+        assert cli.main(["eval", str(folder)]) == 1
+        return capsys.readouterr().err
 
-    for operators in sizes():
-        found = sums(tokenizer, operators, 20)
-        assert found == sums(tokenizer, operators, 20)
-        for prompt, answer in zip(found.prompts, found.answers, strict=True):
-            line = tokenizer.decode(prompt).rpartition("\n")[2]
-            assert sum(map(line.count, "+-*")) == operators
-            assert int(tokenizer.decode([answer])) == value(line.removesuffix(" =").split()) % 5
-    assert found.chance == max(found.answers.count(answer) for answer in set(found.answers)) / 20
-
-
-def test_padding_does_not_show_in_the_answers_to_sums(forward, tokenizer, reference):
-    found = sums(tokenizer, 4, 40)
-    scores = score_sums(forward, found, 4)
-    for row in (0, 31, 32, 39):
-        depths = reference.run(found.prompts[row])
-        said = [float(depth.logits[-1].argmax() == found.answers[row]) for depth in depths]
-        assert scores.right[:, row].tolist() == said
-
-
-def test_held_out_text(tokenizer, tmp_path):
-    from corpus import library
-
-    names = {document.text: document.held_out for document in library()}
-    ids = held_out(tokenizer, None, 3000)
-    first = tokenizer.decode(ids[1 : ids.index(ids[0], 1)], skip_special_tokens=False)
-    assert len(ids) == 3000 and names[first]
-    file = tmp_path / "text"
-    file.write_text("def f(x):\n    return x\n")
-    assert tokenizer.decode(held_out(tokenizer, file, 100)) == file.read_text()
-    assert len(held_out(tokenizer, file, 5)) == 5
-    for wrong, named in ((tmp_path / "none", "cannot be read"), (tmp_path / "empty", "no text")):
-        (tmp_path / "empty").write_text("")
-        with pytest.raises(DataError, match=named):
-            held_out(tokenizer, wrong, 100)
-
-
-# What is reported.
-
-
-def figures() -> dict:
-    text, some = random_scores(4, 200, 1), {n: random_scores(4, 50, n) for n in (1, 2)}
-    found = [quality(text, some, *setting) for setting in settings(text, [0.3, 0.6])]
-    for one in found:
-        if one["policy"] in (FIXED, GATE):
-            speed = {"rates": [10.0, 12.0], "median": 11.0, "mean_depth": one["mean_depth"]}
-            one["speed"] = {"plain": dict(speed), "wavefront": {**speed, "median": 31.5}}
-    return {
-        "model": "some-model",
-        "loops": 4,
-        "text_tokens": 200,
-        "sums": 50,
-        "chance": {"1": 0.2, "2": 0.25},
-        "policies": found,
-        **{"device": "cpu", "threads": 2, "vllm": "0.32.0", "dtype": "float32", "batch": 1, "tokens": 8, "rounds": 2},
-    }
-
-
-def test_the_report_has_a_line_for_every_setting_and_says_who_wins(tmp_path):
-    made = figures()
-    save(made, tmp_path / "exit.json")
-    assert json.loads((tmp_path / "exit.json").read_text()) == made
-    page = curve.text(made)
-    for one in made["policies"]:
-        (line,) = (line for line in curve.for_readme(made).splitlines() if line.startswith(f"| {curve.named(one)} |"))
-        assert f"{one['mean_depth']:.2f}" in line and f"{one['loss']:.3f}" in line
-        assert ("31.5" in line) == (one["policy"] in (FIXED, GATE))
-    for one in made["policies"]:
-        one["loss_of_fixed"] = one["loss"] + (0.1 if one["setting"] == 0.3 else -0.1)
-        one["sums"]["mean_accuracy_of_fixed"] = one["sums"]["mean_accuracy"] - 0.1
-    assert "below that of fixed depths at 1 of 2 thresholds, its accuracy on sums above theirs at 2." in curve.text(
-        made
+    assert "single loop (`total_ut_steps` 1): there is no KV for loops to share" in refused("one", total_ut_steps=1)
+    assert "no `total_ut_steps`" in refused("none", total_ut_steps=None)
+    assert "`hidden_size`" in refused("typed", hidden_size="wide")
+    assert "`rope_type` 'default' only" in refused(
+        "rope", rope_theta=None, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
     )
-    assert "chance" in page
-
-
-def test_the_plot(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
-    curve.draw(figures(), tmp_path / "exit.png")
-    assert (tmp_path / "exit.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("wrong", ["0", "1", "x", "", "0.5,2"])
-def test_thresholds_that_are_none(wrong, capsys):
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["bench", "--exit", "--thresholds", wrong])
-    assert "above 0 and below 1" in capsys.readouterr().err
-
-
-def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path, capsys):
-    folder = write(tmp_path / "model")
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text('["text"]')
-    assert main(["bench", "--exit", "--model", str(folder), "--prompts", str(prompts)]) == 1
-    assert "holds no tokenizer.json" in capsys.readouterr().err
-    assert main(["bench", "--exit", "--from", str(prompts)]) == 1
-    assert "leave out --from" in capsys.readouterr().err
+    assert "beyond `vocab_size` 163" in refused("small")
+    folder = write(tmp_path / "no tokenizer")
+    with pytest.raises(EvalError, match="holds no tokenizer.json"):
+        data.tokenizer(folder)
+    with pytest.raises(CheckpointError, match="lacks 1 tensor"):
+        Looped(edit(folder, model__norm__weight=None))
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(EvalError, match="cannot be read"):
+        Looped(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EvalError, match="holds no .*safetensors"):
+        Looped(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(EvalError, match="config.json: "):
+        Looped(folder)

@@ -1,5 +1,5 @@
-"""Quality of answers by depth, for `ouro-vllm bench --exit`.
+"""`ouro-vllm eval`: what sharing the KV cache across loops costs in quality, on text and sums the model has not seen.
 
-`data` has text and arithmetic a checkpoint has not seen, `forward` runs it over whole batches, `policies` are ways of
-choosing a depth, `exits` measures them and `curve` shows what came out.
+No engine: `forward` is a plain batched PyTorch forward in float32 whose rows read own-loop or shared KV as `policies`
+says, which is what the server does too. `data` has the text and the sums, `sharing` measures, `report` writes tables.
 """

@@ -1,100 +1,106 @@
-"""What quality is measured on: text that was not trained on, and arithmetic of graded difficulty, as token ids."""
+"""What a checkpoint is evaluated on, as token ids: text it was not trained on, and sums.
+
+Both come from `examples/tiny/corpus.py`, which also says what the bundled checkpoint was trained on.
+"""
 
 import importlib.util
 import random
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-CORPUS = Path(__file__).parents[2] / "examples" / "tiny" / "corpus.py"  # of the bundled checkpoint
-SUMS_BEFORE = 3  # complete lines before the one to complete
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 
+from ouro_vllm.evaluation.policies import EvalError
 
-class DataError(Exception):
-    """Text or arithmetic is not to be had; the message names what is missing and the mend."""
+CORPUS = Path(__file__).parents[2] / "examples" / "tiny" / "corpus.py"
+SUMS_BEFORE = 3  # complete lines before the one that is asked, as in the model card
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Expressions of one size. operators: how many each has. prompts: token ids up to the equals sign; answers: the
-    token that should come next. chance: share of the answer that is right most often."""
+class Sum:
+    """Tokens up to an equals sign, of which the first `prompt` are complete lines, and the token that is right next."""
 
-    operators: int
-    prompts: list[list[int]]
-    answers: list[int]
-
-    @property
-    def chance(self) -> float:
-        return max(map(self.answers.count, self.answers)) / len(self.answers)
+    ids: list[int]
+    prompt: int
+    answer: int
 
 
 @cache
 def corpus() -> ModuleType:
-    """The module that the bundled checkpoint's training text and arithmetic come from.
-
-    Raises:
-        DataError: the examples are not beside the package.
-    """
+    """The bundled checkpoint's corpus. Raises EvalError where the examples are not beside the package."""
     if not CORPUS.is_file():
-        raise DataError(f"{CORPUS} is not there: run from a checkout of the repository.")
+        raise EvalError(
+            f"{CORPUS} is not there: install ouro-vllm from a checkout (pip install -e .), or name a text of your own "
+            "with --text FILE and leave the sums out with --sums 0."
+        )
     spec = importlib.util.spec_from_file_location("ouro_tiny_corpus", CORPUS)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def held_out(tokenizer: Any, text: Path | None, most: int) -> list[int]:
-    """Token ids of a text the model has not seen, at most `most`.
+def tokenizer(folder: Path) -> Tokenizer:
+    """Of a checkpoint's folder. Raises EvalError where it has none that can be read."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise EvalError(f"{folder} holds no tokenizer.json: name the folder of a complete checkpoint.")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more particular
+        raise EvalError(f"{file} cannot be read: {error}") from None
 
-    tokenizer: of the package tokenizers. text: a file; None takes what the bundled checkpoint was not trained on, one
-    end-of-text token before and after each document.
+
+def held_out(tokens: Tokenizer) -> list[int]:
+    """The documents the bundled checkpoint was not trained on, an end-of-text token before, between and after them."""
+    end = tokens.token_to_id(corpus().END)
+    if end is None:
+        raise EvalError(f"The tokenizer has no {corpus().END}: name a text of your own with --text FILE.")
+    documents = (document.text for document in corpus().library() if document.held_out)
+    return [end] + [token for text in documents for token in (*tokens.encode(text).ids, end)]
+
+
+def own_text(tokens: Tokenizer, file: Path) -> list[int]:
+    """A user's text. Raises EvalError where it cannot be read."""
+    try:
+        return tokens.encode(file.read_text(encoding="utf-8")).ids
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"{file} cannot be read as text: {error}") from None
+
+
+def windows(stream: list[int], count: int, size: int) -> Tensor:
+    """`count` pieces of `size` + 1 tokens, evenly spread; only the last token of one may be the first of another.
 
     Raises:
-        DataError: there is no such text, or hardly any.
+        EvalError: the stream is too short.
     """
-    if text is not None:
-        try:
-            ids = tokenizer.encode(text.read_text()).ids
-        except (OSError, ValueError) as error:
-            raise DataError(f"{text} cannot be read as text: {error}") from None
-    else:
-        end = tokenizer.token_to_id(corpus().END)
-        if end is None:
-            raise DataError("Only the bundled checkpoint brings its held-out text: name a file with --text.")
-        ids = [end]
-        for document in corpus().library():
-            if document.held_out and len(ids) < most:
-                ids += [*tokenizer.encode(document.text).ids, end]
-    if len(ids) < 2:
-        raise DataError(f"{text} holds no text to speak of.")
-    return ids[:most]
+    whole = (len(stream) - 1) // size
+    if whole < count:
+        raise EvalError(
+            f"The text holds {whole} sequences of {size} tokens and {count} are asked for: lower --sequences or "
+            "--tokens, or name a longer text."
+        )
+    places = [i * whole // count * size for i in range(count)]
+    return torch.tensor([stream[at : at + size + 1] for at in places])
 
 
-def sums(tokenizer: Any, operators: int, count: int) -> Sums:
-    """Expressions in prefix notation, after the Mano task of arXiv 2510.25741, each behind some complete lines.
-
-    The same for every caller.
+def sums(tokens: Tokenizer, operators: int, count: int) -> list[Sum]:
+    """The model card's sums of this size (`sum_prompts` in examples/tiny/evaluate.py), the first `count` of them.
 
     Raises:
-        DataError: this tokenizer does not give an answer a token of its own.
+        EvalError: the tokenizer does not read an answer as one token.
     """
-    dice, made = random.Random(f"sums {operators}"), corpus()
-    prompts, answers = [], []
+    dice, found = random.Random(f"evaluate {operators}"), []
     for _ in range(count):
-        before = "".join(made.sum_line(dice, dice.randint(1, made.LARGEST_TREE)) for _ in range(SUMS_BEFORE))
-        line = made.sum_line(dice, operators)
-        asked, _, answer = line.rstrip("\n").rpartition(" ")
-        prompt, whole = (tokenizer.encode(before + part).ids for part in (asked, f"{asked} {answer}"))
-        if whole[:-1] != prompt:
-            raise DataError("The tokenizer splits answers or joins them with the equals sign: sums cannot be scored.")
-        prompts.append(prompt)
-        answers.append(whole[-1])
-    return Sums(operators, prompts, answers)
-
-
-def sizes() -> range:
-    """Numbers of operators that sums come with."""
-    return range(1, corpus().LARGEST_TREE + 1)
+        sizes = (dice.randint(1, corpus().LARGEST_TREE) for _ in range(SUMS_BEFORE))
+        before = "".join([corpus().sum_line(dice, size) for size in sizes])
+        line = corpus().sum_line(dice, operators)
+        *ids, answer, _ = tokens.encode(before + line).ids
+        prompt = tokens.encode(before).ids
+        if tokens.encode(before + line.rpartition(" ")[0]).ids != ids or ids[: len(prompt)] != prompt:
+            raise EvalError("The tokenizer does not read a digit as one token: leave the sums out with --sums 0.")
+        found.append(Sum(ids, len(prompt), answer))
+    return found

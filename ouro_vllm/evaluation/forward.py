@@ -1,86 +1,214 @@
-"""Ouro's forward over whole sequences, batched, without a cache, in eager PyTorch: what each loop makes of each token.
+"""The looped forward with a KV cache per loop and one that loops share: batched, float32, plain PyTorch.
 
-For measuring quality, where vLLM's forward would have to be run once per depth. Structure as in `ouro_vllm.model`.
+Structure as in `ouro_vllm.model` (arXiv 2510.25741, section 2). Shapes: B sequences of the same length, c rows of each
+in one call, D = hidden_size, H = head_dim, G key-value heads, T positions, R loops, L layers.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ouro_vllm.config import OuroConfig
+from ouro_vllm.config import OuroConfig, check
+from ouro_vllm.evaluation.policies import EvalError, Sharing
+from ouro_vllm.weights import checked, expected_shapes
+
+KEYS, VALUES = 0, 1
 
 
-class Forward:
-    """A checkpoint's folder, computed in float32."""
+class Cache:
+    """KV of every loop, and the shared KV under a policy, for B sequences of up to `positions` tokens.
+
+    What has not been written is NaN, so that reading it cannot go unnoticed.
+    """
+
+    def __init__(self, config: OuroConfig, sequences: int, positions: int) -> None:
+        layers, pairs, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.own = torch.full((2, config.total_ut_steps, layers, sequences, pairs, positions, size), math.nan)
+        self.shared: Tensor | None = None  # [2, L, B, G, T, H]
+        self.averages = False
+        self.length = 0
+
+    def rewind(self, length: int, policy: str) -> None:
+        """Forget all positions from `length` on, and share by `policy` from now on."""
+        self.own[..., length:, :] = math.nan
+        self.averages = policy == "average"
+        if self.averages:
+            self.shared = torch.full_like(self.own[:, 0], math.nan)
+        else:
+            self.shared = {"last": self.own[:, -1], "first": self.own[:, 0]}.get(policy)
+        self.length = 0
+        self.finish(length)
+
+    def finish(self, length: int) -> None:
+        """All loops have written the positions before `length`: their shared KV is final."""
+        if self.averages:
+            new = slice(self.length, length)
+            self.shared[..., new, :] = self.own[..., new, :].mean(1)
+        self.length = length
+
+
+class Looped:
+    """A checkpoint's folder, read into float32."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError for rotary settings other than the plain ones of the published checkpoints."""
-        self.config = OuroConfig(**json.loads((folder / "config.json").read_text()))
-        rope = self.config.rope_parameters or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"{folder}: rotary embedding of type {rope['rope_type']!r}; only the default is known here."
-            )
-        size = self.config.head_dim
-        self.speed = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-        self.w: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            self.w |= {name: tensor.float() for name, tensor in load_file(file).items()}
-        self.head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+        """
+        Raises:
+            EvalError: there is no checkpoint, or one that cannot be evaluated here.
+            CheckpointError: its tensors do not fit its config.json.
+        """
+        self.config = read_config(folder)
+        self.weights = read_weights(folder, self.config)
 
-    @torch.inference_mode()
-    def loops(self, ids: Tensor, loops: int) -> list[Tensor]:
-        """Token ids [B, T] -> normalised hidden states [B, T, D] after each of `loops` loops."""
-        angle = torch.arange(ids.shape[1], dtype=torch.float64)[:, None] * self.speed
-        turn = torch.cat([angle, angle], -1)
-        turn = turn.cos().float(), turn.sin().float()
-        x, states = self.w["model.embed_tokens.weight"][ids], []
-        for _ in range(loops):
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> [..., D]."""
+        return self.weights["model.embed_tokens.weight"][ids]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] after any loop -> [..., V]."""
+        tied = "lm_head.weight" not in self.weights
+        return hidden @ self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T
+
+    def extend(self, ids: Tensor, cache: Cache, starts: list[int] | None = None) -> list[Tensor]:
+        """Run all loops over the next c tokens of each sequence, ids [B, c]. -> hidden states [B, c, D] after each.
+
+        starts: for each of the c rows the first position whose own-loop KV it reads (`Sharing.start`), not falling;
+        None is 0 for all: own-loop KV everywhere, as in a prompt.
+
+        Raises:
+            ValueError: a row would read shared KV that is not final before this call.
+        """
+        begin, end = cache.length, cache.length + ids.shape[1]
+        reads = Reads(begin, end, starts or [0] * (end - begin))
+        turns = turning(self.config, begin, end)
+        hidden, states = self.embed(ids), []
+        for loop in range(self.config.total_ut_steps):
             for layer in range(self.config.num_hidden_layers):
-                x = self._layer(x, f"model.layers.{layer}.", turn)
-            x = self._norm(x, "model.norm")
-            states.append(x)
+                own = cache.own[:, loop, layer]
+                shared = None if cache.shared is None else cache.shared[:, layer]
+                hidden = self.layer(hidden, f"model.layers.{layer}.", turns, own, shared, reads)
+            hidden = self.norm(hidden, "model.norm")
+            states.append(hidden)
+        cache.finish(end)
         return states
 
-    @torch.inference_mode()
-    def readout(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> logits [..., V]."""
-        return F.linear(hidden, self.head)
+    def layer(self, x: Tensor, name: str, turns: Tensor, own: Tensor, shared: Tensor | None, reads: "Reads") -> Tensor:
+        """x [B, c, D] -> the same, its keys and values written to `own` [2, B, G, T, H]."""
+        update = self.norm(x, name + "input_layernorm")
+        update = self.attention(update, name + "self_attn.", turns, own, shared, reads)
+        x = x + self.norm(update, name + "input_layernorm_2")
+        update = self.norm(x, name + "post_attention_layernorm")
+        update = F.silu(self.linear(update, name + "mlp.gate_proj")) * self.linear(update, name + "mlp.up_proj")
+        return x + self.norm(self.linear(update, name + "mlp.down_proj"), name + "post_attention_layernorm_2")
 
-    @torch.inference_mode()
-    def gate(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> the exit gate's logits [...]."""
-        name = "model.early_exit_gate."
-        return F.linear(hidden, self.w[name + "weight"], self.w[name + "bias"])[..., 0]
+    def attention(
+        self, x: Tensor, name: str, turns: Tensor, own: Tensor, shared: Tensor | None, reads: "Reads"
+    ) -> Tensor:
+        batch, rows, _ = x.shape
+        pairs, size = self.config.num_key_value_heads, self.config.head_dim
+        query, key, value = (
+            self.linear(x, f"{name}{part}_proj").view(batch, rows, -1, size).transpose(1, 2) for part in "qkv"
+        )
+        own[KEYS, :, :, reads.begin : reads.end] = rotate(key, turns)
+        own[VALUES, :, :, reads.begin : reads.end] = value
+        # Query heads that read one key-value head stand together: [B, G, heads per G x c, H].
+        query = rotate(query, turns).reshape(batch, pairs, -1, size) * size**-0.5
+        recent = own[..., reads.first : reads.end, :]
+        if reads.last == 0:
+            update = reads.weights(query @ recent[KEYS].mT) @ recent[VALUES]
+        else:
+            older = shared[..., : reads.last, :]
+            # Two products instead of one over joined keys: joining would copy the cache for every row.
+            weights = reads.weights(torch.cat((query @ older[KEYS].mT, query @ recent[KEYS].mT), -1))
+            update = weights[..., : reads.last] @ older[VALUES] + weights[..., reads.last :] @ recent[VALUES]
+        update = update.view(batch, -1, rows, size).transpose(1, 2).reshape(batch, rows, -1)
+        return self.linear(update, name + "o_proj")
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.w[name + ".weight"], self.config.rms_norm_eps)
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.weights[name + ".weight"])
 
-    def _layer(self, x: Tensor, name: str, turn: tuple[Tensor, Tensor]) -> Tensor:
-        y = self._attention(self._norm(x, name + "input_layernorm"), name + "self_attn.", turn)
-        x = x + self._norm(y, name + "input_layernorm_2")
-        y = self._norm(x, name + "post_attention_layernorm")
-        gated = F.silu(F.linear(y, self.w[name + "mlp.gate_proj.weight"]))
-        y = F.linear(gated * F.linear(y, self.w[name + "mlp.up_proj.weight"]), self.w[name + "mlp.down_proj.weight"])
-        return x + self._norm(y, name + "post_attention_layernorm_2")
-
-    def _attention(self, x: Tensor, name: str, turn: tuple[Tensor, Tensor]) -> Tensor:
-        batch, length, _ = x.shape
-
-        def heads(part: str) -> Tensor:
-            y = F.linear(x, self.w[f"{name}{part}.weight"])
-            return y.view(batch, length, -1, self.config.head_dim).transpose(1, 2)
-
-        q, k, v = _rotated(heads("q_proj"), turn), _rotated(heads("k_proj"), turn), heads("v_proj")
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return F.linear(y.transpose(1, 2).flatten(2), self.w[name + "o_proj.weight"])
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.rms_norm_eps)
 
 
-def _rotated(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """[B, heads, T, size] with each position's pairs (i, i + size / 2) turned."""
-    a, b = x.chunk(2, -1)
-    return x * turn[0] + torch.cat([-b, a], -1) * turn[1]
+class Reads:
+    """Which KV the rows of positions begin..end-1 read: shared at 0..last-1, own-loop at first..end-1, less a mask."""
+
+    def __init__(self, begin: int, end: int, starts: list[int]) -> None:
+        self.begin, self.end = begin, end
+        self.first, self.last = starts[0], starts[-1]
+        if self.last > begin:
+            raise ValueError(f"position {end - 1} reads shared KV up to {self.last - 1}, final only before {begin}")
+        start, row = torch.tensor(starts)[:, None], torch.arange(begin, end)[:, None]
+        older, recent = torch.arange(self.last), torch.arange(self.first, end)
+        self.unread = torch.cat((older >= start, (recent < start) | (recent > row)), 1)  # [c, columns]
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Scores [B, G, heads per G x c, columns] -> attention weights, 0 where a row does not read."""
+        by_row = scores.unflatten(2, (-1, self.end - self.begin))
+        return by_row.masked_fill_(self.unread, -math.inf).softmax(-1).flatten(2, 3)
+
+
+def turning(config: OuroConfig, begin: int, end: int) -> Tensor:
+    """Cosines and sines [2, c, H / 2] of the rotary positions begin..end-1."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angle = torch.arange(begin, end, dtype=torch.float64)[:, None] * config.rope_parameters["rope_theta"] ** -half
+    return torch.stack((angle.cos(), angle.sin())).float()
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """x [B, heads, c, H] with the two halves of a head turned against each other."""
+    (cos, sin), (a, b) = turns, x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def read_config(folder: Path) -> OuroConfig:
+    """config.json of the folder. Raises EvalError naming what is missing or not supported."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise EvalError(f"{folder} holds no config.json: name a checkpoint's folder.")
+    try:
+        config = OuroConfig(**json.loads(file.read_text()))
+        check(config)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise EvalError(f"{file}: {error}") from None
+    rope = config.rope_parameters or {}
+    if rope.keys() - {"type"} != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
+        raise EvalError(f"{file}: eval knows rotary positions of `rope_type` 'default' only; there they are {rope}.")
+    return config
+
+
+def read_weights(folder: Path, config: OuroConfig) -> dict[str, Tensor]:
+    """Name -> tensor in float32. An `lm_head.weight` beside tied embeddings is used, as vLLM does.
+
+    Raises EvalError where there are no weights, CheckpointError where they do not fit the config.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise EvalError(f"{folder} holds no *.safetensors: name the folder of a downloaded checkpoint.")
+    try:
+        found = [(name, tensor.float()) for file in files for name, tensor in load_file(file).items()]
+    except (OSError, SafetensorError) as error:
+        raise EvalError(f"The weights in {folder} cannot be read: {error}") from None
+    if any(name == "lm_head.weight" for name, _ in found):
+        config.tie_word_embeddings = False
+    return dict(checked(found, expected_shapes(config)))
+
+
+def follow(model: Looped, ids: Tensor, cache: Cache, prompt: int, sharing: Sharing) -> Tensor:
+    """Read ids [B, T] from position `prompt` on as generated tokens -> hidden states [B, T - prompt, D] of loop R.
+
+    cache: holds the prompt's KV; afterwards all positions'.
+    """
+    cache.rewind(prompt, sharing.policy)
+    pieces = []
+    for begin, end in sharing.steps(prompt, ids.shape[1]):
+        starts = [sharing.start(position) for position in range(begin, end)]
+        pieces.append(model.extend(ids[:, begin:end], cache, starts)[-1])
+    return torch.cat(pieces, 1)

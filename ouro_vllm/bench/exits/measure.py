@@ -14,10 +14,10 @@ from typing import Any
 from ouro_vllm import __version__
 from ouro_vllm.bench import run
 from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, BenchError, Child, stop_all
+from ouro_vllm.bench.exits import curve
+from ouro_vllm.bench.exits.data import DataError, held_out, sizes, sums
+from ouro_vllm.bench.exits.policies import FIXED, GATE
 from ouro_vllm.bench.report import into_readme
-from ouro_vllm.evaluation import curve
-from ouro_vllm.evaluation.data import DataError, held_out, sizes, sums
-from ouro_vllm.evaluation.policies import FIXED, GATE
 
 FLAGS = {FIXED: "ouro_loops", GATE: "ouro_exit_threshold"}  # what a request says to be served so
 
@@ -63,8 +63,8 @@ def qualities(plan: Plan) -> dict[str, Any]:
     """Loss and accuracy of every policy at every setting."""
     from tokenizers import Tokenizer
 
-    from ouro_vllm.evaluation.forward import Forward
-    from ouro_vllm.evaluation.policies import quality, score_sums, score_text, settings
+    from ouro_vllm.bench.exits.forward import Forward
+    from ouro_vllm.bench.exits.policies import quality, score_sums, score_text, settings
 
     folder = Path(plan.speed.model)
     if not (folder / "tokenizer.json").is_file():

@@ -1,11 +1,11 @@
-"""The table and the plot of what `exits` measured. Imports matplotlib when something is drawn."""
+"""The table and the plot of what `measure` measured. Imports matplotlib when something is drawn."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ouro_vllm.bench.exits.policies import FIXED, GATE, POLICIES, SURE
 from ouro_vllm.bench.report import markdown
-from ouro_vllm.evaluation.policies import FIXED, GATE, POLICIES, SURE
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = dict(zip(POLICIES, ("#000000", "#D55E00", "#0072B2", "#009E73"), strict=True))
