@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from ouro_vllm.attention import own_backend
 from ouro_vllm.config import OuroConfig
 from ouro_vllm.kv import LoopAttention
 from ouro_vllm.options import OuroOptions
@@ -68,6 +69,7 @@ class OuroAttention(nn.Module):
         self.sizes = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
         # Rows of mixed depth share a pass only under speculation; otherwise all loops live in one plain KV group.
         grouped = vllm_config.speculative_config is not None
+        backend = own_backend(vllm_config, shares=False)
         self.loops = nn.ModuleList()
         for loop in range(1, loops + 1):
             own_group = grouped and loop < loops
@@ -79,6 +81,7 @@ class OuroAttention(nn.Module):
                 cache_config=vllm_config.cache_config,
                 quant_config=quant,
                 prefix=layer_name(stack, layer, loop, config.num_hidden_layers),
+                attn_backend=backend,
             )
             if own_group:
                 attention.loop = loop

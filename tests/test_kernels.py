@@ -55,3 +55,17 @@ def test_bytes_of_a_decode_step() -> None:
     assert plain.kv == plain_shared.kv == wave.kv == 4 * 8192 * report.OURO_1_4B.kv_bytes(2)
     assert plain.weights == 4 * wave.weights
     assert shared.kv == (8192 + 3 * 256) * report.OURO_1_4B.kv_bytes(2)
+
+
+def test_backend_has_a_name() -> None:
+    """`--attention-backend CUSTOM` is ours once the plugin is loaded, and on the CPU nothing changes by itself."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from ouro_vllm import register
+    from ouro_vllm.attention import own_backend
+    from ouro_vllm.kernels.backend import LoopAttentionBackend
+
+    register()
+    assert AttentionBackendEnum.CUSTOM.get_class() is LoopAttentionBackend
+    if not torch.cuda.is_available():
+        assert own_backend(None, shares=True) is None

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 
 from ouro_vllm.kernels import fp8
 from ouro_vllm.kernels.launch import Launch, current_target
-from ouro_vllm.kernels.loop_attention.plan import Plan, Tiles
+from ouro_vllm.kernels.loop_attention.tiling import Plan, Tiles
 
 
 def loop_attention(
@@ -30,7 +30,7 @@ def loop_attention(
 ) -> torch.Tensor:
     """Attention of each row to its request's positions up to its own: shared pages before the row's window, own after.
 
-    query: [N, heads, head_size], float32, float16 or bfloat16, row n as given to `plan.plan`. key_cache, value_cache:
+    query: [N, heads, head_size], float32, float16 or bfloat16, row n as given to `tiling.plan`. key_cache, value_cache:
     [num_blocks, block_size, kv_heads, head_size], any strides; of a float type or float8_e4m3fn/fnuz, which holds
     entry / scale. tables: int32 [G, B, W], the block of group g, request b, positions w x block_size and on. scale: of
     the scores. out: like query, written and returned; made if None.

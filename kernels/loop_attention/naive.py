@@ -21,7 +21,7 @@ def loop_attention_naive(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """See `kernel.loop_attention` and `plan.plan`: [N, heads, head_size] float32, one row after the other.
+    """See `kernel.loop_attention` and `tiling.plan`: [N, heads, head_size] float32, one row after the other.
 
     Each row has two explicit masks over the positions of the table, and what a mask leaves out is never looked at.
     """

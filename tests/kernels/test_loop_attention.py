@@ -224,7 +224,7 @@ def test_rows_of_a_request_share_a_tile() -> None:
 
 def test_splits_grow_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and a long context fill the device; short contexts and many requests are not split."""
-    import ouro_vllm.kernels.loop_attention.plan as module
+    import ouro_vllm.kernels.loop_attention.tiling as module
 
     monkeypatch.setattr(module, "processors", lambda device: 132)
     sizes = {"heads": 16, "kv_heads": 16, "head_size": 128, "dtype": torch.bfloat16, "device": "cpu"}
