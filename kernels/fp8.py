@@ -50,11 +50,9 @@ def dequantise(x: torch.Tensor, scale: float) -> torch.Tensor:
 def decode(code, FP8: tl.constexpr):
     """Bytes as float16, exactly: the bits are shifted to float16's places, the biases made good by a power of two."""
     wide = code.to(tl.uint16)
-    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    if FP8 == 1:
-        return tl.where((wide & 0x7F) == 0x7F, float("nan"), half * 256.0)
-    else:
-        return tl.where(wide == 0x80, float("nan"), half * 128.0)
+    nan = (wide & 0x7F) == 0x7F if FP8 == 1 else wide == 0x80
+    bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7) | (nan.to(tl.uint16) * 0x7E00)
+    return bits.to(tl.float16, bitcast=True) * (256.0 if FP8 == 1 else 128.0)
 
 
 @triton.jit

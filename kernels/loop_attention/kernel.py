@@ -158,6 +158,8 @@ def _launches(
             "BLOCK_N": shape.block_n,
             "FP8": kind,
             "SPLIT": split,
+            # The interpreter multiplies the bits of bfloat16; a GPU's products of it are exact in float32, too.
+            "WIDE": triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
         },
         {"num_warps": shape.warps, "num_stages": shape.stages},
     )
@@ -187,6 +189,13 @@ def _interval(segment, own, position, start):
 def _span(low, high):
     """The positions [low, high) that any row of the tile reads; nothing is (large, 0)."""
     return tl.min(tl.where(low < high, low, 0x7FFFFFFF)), tl.max(tl.where(low < high, high, 0))
+
+
+@triton.jit
+def _dot(a, b, WIDE: tl.constexpr):
+    if WIDE:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -230,6 +239,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     FP8: tl.constexpr,
     SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -297,14 +307,14 @@ def _attend(
             # A weight of zero does not silence a NaN: where no row looks, values are replaced.
             v = tl.where((tl.max(seen.to(tl.int32), axis=0) > 0)[:, None], v, 0.0).to(q.dtype)
 
-            scores = tl.where(seen, tl.dot(q, k, input_precision="ieee") * score_scale, float("-inf"))
+            scores = tl.where(seen, _dot(q, k, WIDE) * score_scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
             # A row that has seen nothing so far must not subtract infinity from infinity.
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             shrink = tl.exp2(peak - base)
             weights = tl.exp2(scores - base[:, None])
             weight = weight * shrink + tl.sum(weights, axis=1)
-            total = total * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+            total = total * shrink[:, None] + _dot(weights.to(q.dtype), v, WIDE)
             peak = new_peak
         passed += here
 

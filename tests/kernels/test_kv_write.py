@@ -9,7 +9,7 @@ from ouro_vllm.kernels.kv_write import kv_write, kv_write_naive
 
 # With RoPE; without, entries are copied. fp8: rotation may round the other way before quantisation, by one code.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-FP8_STEP = 0.07
+FP8_STEP = 0.13
 
 
 def check(

@@ -11,8 +11,8 @@ from triton.backends.compiler import GPUTarget
 
 from ouro_vllm.kernels.loop_attention import loop_attention, loop_attention_naive, plan, prepare
 
-# Of outputs of about 1: what rounding of weights and output to the type leaves.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Of outputs of about 1: what rounding of weights and output to the type leaves (the interpreter cuts bfloat16 off).
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SHARED = 3
 
 
