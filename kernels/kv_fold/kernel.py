@@ -115,19 +115,18 @@ def _kv_fold(
     fold = tl.program_id(0)
     pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     dim = tl.arange(0, HEAD_PAD)
-    inside = (pair < BLOCK_SIZE * HEADS)[:, None] & (dim < HEAD)[None, :]
     slot, head = pair // HEADS, pair % HEADS
     if tl.program_id(2) == 0:
         _fold_one(
             k_ptr + (slot * k_slot + head * k_head)[:, None] + (dim * k_dim)[None, :],
             k_block, sources_ptr + fold * source_fold, source_loop, destinations_ptr + fold * destination_fold,
-            inside, LOOPS, HEAD_PAD, PAIRS, FP8,
+            pair, dim, BLOCK_SIZE * HEADS, LOOPS, HEAD, HEAD_PAD, PAIRS, FP8,
         )  # fmt: skip
     else:
         _fold_one(
             v_ptr + (slot * v_slot + head * v_head)[:, None] + (dim * v_dim)[None, :],
             v_block, sources_ptr + fold * source_fold, source_loop, destinations_ptr + fold * destination_fold,
-            inside, LOOPS, HEAD_PAD, PAIRS, FP8,
+            pair, dim, BLOCK_SIZE * HEADS, LOOPS, HEAD, HEAD_PAD, PAIRS, FP8,
         )  # fmt: skip
 
 
@@ -138,23 +137,27 @@ def _fold_one(
     sources,
     source_loop,
     destination_ptr,
-    inside,
+    pair,
+    dim,
+    ALL: tl.constexpr,
     LOOPS: tl.constexpr,
+    HEAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PAIRS: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """entries: pointers [PAIRS, HEAD_PAD] into block 0."""
+    """entries: pointers [PAIRS, HEAD_PAD] into block 0. pair, dim: what they point at, of ALL pairs and HEAD dims."""
     total = tl.zeros([PAIRS, HEAD_PAD], dtype=tl.float32)
     count = 0
     for loop in tl.static_range(LOOPS):
         block = tl.load(sources + loop * source_loop).to(tl.int64)
-        entry = tl.load(entries + block * block_stride, mask=inside & (block >= 0), other=0)
+        inside = (pair < tl.where(block >= 0, ALL, 0))[:, None] & (dim < HEAD)[None, :]
+        entry = tl.load(entries + block * block_stride, mask=inside, other=0)
         total += (fp8.decode(entry, FP8) if FP8 else entry).to(tl.float32)
         count += (block >= 0).to(tl.int32)
     mean = total / tl.maximum(count, 1).to(tl.float32)
     destination = tl.load(destination_ptr).to(tl.int64)
     if FP8:
         mean = fp8.encode(mean, FP8)
-    wanted = inside & (destination >= 0) & (count > 0)
-    tl.store(entries + destination * block_stride, mean.to(entries.dtype.element_ty), mask=wanted)
+    inside = (pair < tl.where((destination >= 0) & (count > 0), ALL, 0))[:, None] & (dim < HEAD)[None, :]
+    tl.store(entries + destination * block_stride, mean.to(entries.dtype.element_ty), mask=inside)

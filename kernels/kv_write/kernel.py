@@ -183,7 +183,7 @@ def _kv_write(
     KEY_PARTS: tl.constexpr = (HEADS + AT_ONCE - 1) // AT_ONCE
     if part < KEY_PARTS:
         head = (part * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
-        inside = (head < HEADS) & (dim < HALF)[None, :] & written
+        inside = (head < tl.where(written, HEADS, 0)) & (dim < HALF)[None, :]
         source = key_ptr + row * key_row + head * key_head + (dim * key_dim)[None, :]
         first = tl.load(source, mask=inside, other=0.0)
         second = tl.load(source + HALF * key_dim, mask=inside, other=0.0)
@@ -204,7 +204,7 @@ def _kv_write(
     else:
         if ROPE:
             head = ((part - KEY_PARTS) * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
-            inside = (head < QUERY_HEADS) & (dim < HALF)[None, :] & written
+            inside = (head < tl.where(written, QUERY_HEADS, 0)) & (dim < HALF)[None, :]
             place = query_ptr + row * query_row + head * query_head + (dim * query_dim)[None, :]
             x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
             y = tl.load(place + HALF * query_dim, mask=inside, other=0.0).to(tl.float32)

@@ -353,7 +353,8 @@ def _combine(
     head = tl.program_id(1)
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, HEAD_PAD)
-    for at in range(first, first + count):
+    for member in range(0, count):
+        at = first + member
         place = (at.to(tl.int64) * HEADS + head) * SPLITS + split
         peak = tl.load(stats_ptr + place * 2)
         highest = tl.max(peak)

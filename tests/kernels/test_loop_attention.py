@@ -102,7 +102,7 @@ def test_head_sizes(head_size: int, block_size: int) -> None:
     check(wavefront([70, 33], 32, block_size), head_size=head_size, block_size=block_size)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (6, 2), (40, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (6, 2), (20, 1)])
 def test_grouped_heads(heads: int, kv_heads: int) -> None:
     """Ratios of 4, 3 and 20: tiles of several rows, with an unused remainder, with one row of over 16 heads."""
     check(wavefront([50, 21], 16), heads=heads, kv_heads=kv_heads, splits=2)
@@ -168,7 +168,7 @@ def test_padding_rows_are_zero() -> None:
 
 def test_nan_that_is_read_shows() -> None:
     """NaN a row does read reaches that row, and the other request's rows do not change."""
-    rows = wavefront([30, 30], 16)
+    rows = wavefront([50, 50], 16)
     case = pages(torch.Generator().manual_seed(0), rows, 4, 16, 2, 64, torch.float32)
     query = torch.ones(len(rows.request), 2, 64, device=DEVICE)
     made = plan(*rows.columns, heads=2, kv_heads=2, head_size=64, dtype=torch.float32, device=DEVICE)
@@ -185,7 +185,7 @@ def test_nan_that_is_read_shows() -> None:
 
 def test_random_cases() -> None:
     """Requests, depths, windows, lengths, head counts, types and splits as they come; the seed is in the failure."""
-    for seed in random.SystemRandom().sample(range(10**6), 12):
+    for seed in random.SystemRandom().sample(range(10**6), 6):
         draw = random.Random(seed)
         block_size, window = draw.choice([16, 32]), draw.choice([None, 0, 5, 16, 48])
         rows = Rows([], [], [], [], [])
