@@ -287,6 +287,7 @@ def _attend(
         table = tables_ptr + group * table_group + request * table_request
         for n_step in range(step + tl.maximum(from_step - passed, 0), step + tl.minimum(to_step - passed, here)):
             n = n_step * BLOCK_N + tl.arange(0, BLOCK_N)
+            # A weight of zero would not silence a NaN. Inside, some row reads every position (`tiling.plan`).
             inside = (n >= begin) & (n < end)
             block = tl.load(table + (n // BLOCK_SIZE) * table_block, mask=inside, other=0).to(tl.int64)
             slot = n % BLOCK_SIZE
@@ -304,8 +305,6 @@ def _attend(
                 k, v = fp8.decode(k, FP8), fp8.decode(v, FP8)
             k, v = k.to(q.dtype), v.to(q.dtype)
             seen = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-            # A weight of zero does not silence a NaN: where no row looks, values are replaced.
-            v = tl.where((tl.max(seen.to(tl.int32), axis=0) > 0)[:, None], v, 0.0).to(q.dtype)
 
             scores = tl.where(seen, _dot(q, k, WIDE) * score_scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))

@@ -66,7 +66,7 @@ def shape_of(target: GPUTarget, dtype: torch.dtype, head_size: int, group: int, 
     exact = dtype == torch.float32
     block_m = max((32 if exact else 64) if many else 16, triton.next_power_of_2(group))
     block_n = 32 if exact or wide else 64
-    warps = 8 if many and wide else 4
+    warps = 8 if many else 4
     # The LDS of an AMD unit is 64 KiB, a third of a GPU's shared memory elsewhere.
     stages = 1 if target.backend == "hip" else 2 if exact or wide else 3
     return Shape(block_m, block_n, warps, stages)
@@ -125,7 +125,8 @@ def plan(
     request_, own_, position_, start_ = (column[order] for column in columns)
     start_ = np.minimum(start_, position_ + 1)
 
-    tiles, is_many = _cut(request_, few.block_m // group, many.block_m // group)
+    sections = _sections(request_, own_, position_, start_)
+    tiles, is_many = _cut(sections, len(order), few.block_m // group, many.block_m // group)
     table = np.column_stack([tiles, request_[tiles[:, 0]], common[request_[tiles[:, 0]]]]).astype(np.int32)
     length = _read(tiles[:, 0], own_, position_, start_)
     # One copy to the device for everything.
@@ -160,19 +161,33 @@ def plan(
     )
 
 
-def _cut(request: np.ndarray, few: int, many: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles [T, 2] (first row, rows) of sorted rows, and [T] whether of the kind for many rows.
+def _sections(request: np.ndarray, own: np.ndarray, position: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """First rows of sections, which tiles do not cross: a request's sorted rows, cut where reading leaves a gap.
 
-    Requests that fit into one tile of `few` rows get that, others tiles of `many` rows.
+    What rows of one group read of a tile is then one interval with no position in it that none of them reads. Windows
+    of rows that follow each other always overlap or touch, unless they are empty.
     """
-    first = np.flatnonzero(np.diff(request, prepend=-1))
-    count = np.diff(first, append=len(request))
+    opens = np.diff(request, prepend=-1) != 0
+    runs = np.cumsum(opens | (np.diff(own, prepend=-1) != 0)) << 32
+    reads = start <= position
+    # How far the rows of the run up to each one read; a run begins with nothing.
+    reach = np.maximum.accumulate(runs + np.where(reads, position + 1, 0))
+    before = np.maximum(np.concatenate([runs[:1], reach[:-1]]) - runs, 0)
+    return np.flatnonzero(opens | (reads & (before > 0) & (start > before)))
+
+
+def _cut(first: np.ndarray, rows: int, few: int, many: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles [T, 2] (first row, rows) of the sections of `rows` rows, and [T] whether of the kind for many rows.
+
+    Sections that fit into one tile of `few` rows get that, others tiles of `many` rows.
+    """
+    count = np.diff(first, append=rows)
     size = np.where(count > few, many, few)
     pieces = -(-count // size)
     of = np.repeat(np.arange(len(first)), pieces)
     begin = first[of] + (np.arange(len(of)) - (np.cumsum(pieces) - pieces)[of]) * size[of]
-    rows = np.minimum(size[of], (first + count)[of] - begin)
-    return np.column_stack([begin, rows]), (count > few)[of]
+    held = np.minimum(size[of], (first + count)[of] - begin)
+    return np.column_stack([begin, held]), (count > few)[of]
 
 
 def _read(first: np.ndarray, own: np.ndarray, position: np.ndarray, start: np.ndarray) -> np.ndarray:
