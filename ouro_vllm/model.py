@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from ouro_vllm.attention import own_backend
 from ouro_vllm.config import OuroConfig
 from ouro_vllm.kv import LoopAttention, SharedAttention
 from ouro_vllm.options import OuroOptions
@@ -68,13 +69,14 @@ class OuroAttention(nn.Module):
         heads, kv_heads = config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
         self.sizes = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
         # Loops have block tables of their own under speculation or sharing; otherwise all are in one plain KV group.
-        options = OuroOptions.parse(vllm_config.additional_config, config.total_ut_steps)
+        options = OuroOptions.of(vllm_config)
         kinds: list[type[Attention]] = [Attention] * loops
         if vllm_config.speculative_config is not None:
             kinds = [LoopAttention] * (loops - 1) + [Attention]
         if options.shares:
             own = loops if options.kv_sharing == AVERAGE else loops - 1
             kinds = [LoopAttention] * own + [SharedAttention]
+        backend = own_backend(vllm_config, shares=options.shares)
         self.loops = nn.ModuleList()
         for loop, kind in enumerate(kinds, start=1):
             attention = kind(
@@ -85,6 +87,7 @@ class OuroAttention(nn.Module):
                 cache_config=vllm_config.cache_config,
                 quant_config=quant,
                 prefix=layer_name(stack, layer, loop, config.num_hidden_layers),
+                attn_backend=backend,
             )
             if isinstance(attention, LoopAttention):
                 attention.loop, attention.window = loop, options.kv_window if options.shares else None

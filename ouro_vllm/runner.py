@@ -26,6 +26,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from ouro_vllm.attention import is_own
 from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import groups_by_loop
 from ouro_vllm.names import EXITS, PLUGIN
@@ -142,6 +143,7 @@ class LoopPasses(KeyedDraws):
             loops=self._loops,
             sharing=self._sharing,
             caches=[layers[name].kv_cache for name in self._names] if options.kv_sharing == AVERAGE else (),
+            kernels=is_own(self._attention.backend),
         )
         window = options.kv_window if options.shares else None
         self._waves = Waves(self._loops, self._burst, requests, machine, window)

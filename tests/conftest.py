@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "examples" / "ouro-tiny"
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
+# Kernels run under Triton's interpreter, which holds for a whole process: test_kernels.py starts one for them.
+collect_ignore_glob = [] if "OURO_KERNELS_ON" in os.environ else ["kernels/*"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: what needs no engine, then engines in this process, then servers."""

@@ -9,7 +9,9 @@ A row is a sequence of one query to the attention backend; a chunk is a sequence
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -49,7 +51,7 @@ class Passes:
     metadata: vLLM's CommonAttentionMetadata -> what the attention backend reads.
     choose: (hidden [M, D], M times (lane index, row)) -> tokens [M]; sets `exit` of rows that the gate lets go.
     loops: R. sharing: how loops share keys and values, None if they do not. caches: where the mean over loops is to be
-        written, the KV cache of each layer, [blocks, ...]; else none.
+        written, the KV cache of each layer, [blocks, ...]; else none. kernels: attention is ours (`kernels.backend`).
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class Passes:
         loops: int,
         sharing: Sharing | None = None,
         caches: Sequence[torch.Tensor] = (),
+        kernels: bool = False,
     ) -> None:
         self.block_size, self.device = block_size, device
         self.embed, self.model, self.choose = embed, model, choose
-        self.loops, self.sharing, self.caches = loops, sharing, caches
+        self.loops, self.sharing, self.caches, self.kernels = loops, sharing, caches, kernels
         self.pool = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
         self.departed = torch.zeros_like(self.pool)  # of rows that the gate let go: what they were read from
         self.step: Step | None = None
@@ -101,7 +104,8 @@ class Passes:
             places = torch.tensor(new, dtype=torch.int64).to(self.device, non_blocking=True)
             self.pool[places[:, 0]] = self.embed(places[:, 1])
         hidden = self.pool[slots]
-        table = self._tables(plan[0], plan[2], depth, lane, -(-longest // self.block_size))
+        width, starts_at = -(-longest // self.block_size), self._window_starts(plan[0], plan[2])
+        table = self._tables(starts_at, depth, lane, width)
 
         counts = [1] * len(rows) + [chunk.tokens for chunk in chunks]
         if chunks:
@@ -121,7 +125,7 @@ class Passes:
             positions, sequence = length - 1, None
         block = positions // self.block_size
         blocks = table.gather(1, block[:, None])[:, 0] if sequence is None else table[sequence, block]
-        common = CommonAttentionMetadata(
+        fields = dict(
             query_start_loc=starts.to(self.device, non_blocking=True),
             query_start_loc_cpu=starts,
             seq_lens=length.to(torch.int32),
@@ -135,7 +139,7 @@ class Passes:
             positions=positions,
             is_prefilling=torch.tensor([count > 1 for count in counts]),
         )
-        output = self.model(positions, hidden, common)
+        output = self.model(positions, hidden, self._common(fields, plan, counts, starts_at, width))
         if rows:
             self.pool[slots] = output[: len(rows)]
         if chunks:
@@ -154,27 +158,51 @@ class Passes:
             self.departed[places[0]] = output[places[1]]
         return tokens
 
-    def _tables(
-        self, lanes: torch.Tensor, ends: torch.Tensor, depth: torch.Tensor, lane: torch.Tensor, width: int
-    ) -> torch.Tensor:
-        """Block ids [N, width] that N sequences read, of batch rows `lanes`, whose last positions are `ends` - 1.
+    def _window_starts(self, lanes: torch.Tensor, ends: torch.Tensor) -> list[int]:
+        """Where the windows of N sequences begin, of batch rows `lanes`, whose last positions are `ends` - 1."""
+        step, sharing = self.step, self.sharing
+        if sharing is None:
+            return [0] * len(lanes)
+        lengths = step.prompts
+        return [
+            sharing.start(end - 1, lengths[index]) for index, end in zip(lanes.tolist(), ends.tolist(), strict=True)
+        ]
+
+    def _tables(self, starts_at: list[int], depth: torch.Tensor, lane: torch.Tensor, width: int) -> torch.Tensor:
+        """Block ids [N, width] that N sequences read: shared ones before their windows, then their own.
 
         depth, lane: loop - 1 and batch row on the device.
         """
-        step, sharing = self.step, self.sharing
-        assert step is not None
-        own = step.tables[depth, lane, :width]
-        if sharing is None:
+        own = self.step.tables[depth, lane, :width]
+        if not any(starts_at):
             return own
-        prompts = step.prompts
-        first = [
-            sharing.start(end - 1, prompts[index]) // sharing.block
-            for index, end in zip(lanes.tolist(), ends.tolist(), strict=True)
-        ]
-        if not any(first):
-            return own
-        before = torch.arange(width) < torch.tensor(first)[:, None]
-        return torch.where(before.to(self.device, non_blocking=True), step.tables[-1, lane, :width], own)
+        before = torch.arange(width) < torch.tensor(starts_at)[:, None] // self.block_size
+        return torch.where(before.to(self.device, non_blocking=True), self.step.tables[-1, lane, :width], own)
+
+    def _common(
+        self, fields: dict[str, Any], plan: torch.Tensor, counts: list[int], starts_at: list[int], width: int
+    ) -> CommonAttentionMetadata:
+        """vLLM's metadata of a pass; for our kernels with every loop's tables and what each query reads.
+
+        fields: of vLLM's. plan: as in `run`. counts: queries per sequence.
+        """
+        if not self.kernels:
+            return CommonAttentionMetadata(**fields)
+        from ouro_vllm.kernels.backend import LoopCommonMetadata
+
+        lane, depth, end, _ = (column.numpy() for column in plan)
+        many = np.array(counts)
+        offset = np.arange(many.sum()) - np.repeat(many.cumsum() - many, many)
+        tables = self.step.tables
+        return LoopCommonMetadata(
+            **fields,
+            tables=tables[:, :, :width],
+            request=np.repeat(lane, many),
+            own=np.repeat(depth, many),
+            position=np.repeat(end - many, many) + offset,
+            window_start=np.repeat(np.array(starts_at), many),
+            shared=[tables.shape[0] - 1] * tables.shape[1],
+        )
 
     def _fold(self, rows: Sequence[tuple[int, Row]], chunks: Sequence[Chunk], loop: int) -> None:
         """Blocks of which this pass ran the last loop of the last position: write the mean over their loops.

@@ -1,0 +1,79 @@
+"""A kernel with everything it is called with: run on this machine's device, or compiled for one that is not here."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+# What the interpreter stands in for: the oldest GPU we compile for.
+INTERPRETED = GPUTarget("cuda", 80, 32)
+
+
+@functools.cache
+def current_target() -> GPUTarget:
+    """The device that kernels run on here; under TRITON_INTERPRET=1, INTERPRETED."""
+    return INTERPRETED if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors (compute units) `device` has; 1 for the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel.
+
+    grid: programs along each axis. arguments: what is known when it runs. constants: `tl.constexpr` parameters.
+    options: of the compiler (`num_warps`, `num_stages`).
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Start it on the current device and stream."""
+        if all(self.grid):
+            self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+    def compile(self, target: GPUTarget) -> Any:
+        """Triton's CompiledKernel for `target`, specialised on these very arguments; needs no device, runs nothing."""
+        with _pretended(target):
+            return self.kernel.warmup(*self.arguments, grid=self.grid, **self.constants, **self.options)
+
+
+class _NoDevice:
+    """As much of a Triton driver as compiling asks for (triton/runtime/jit.py, `JITFunction.run` with warmup)."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # The key of Triton's table of compiled kernels: never that of a real device, which is a number.
+        return f"{self.target.backend}:{self.target.arch}"
+
+    def get_current_stream(self, device: str) -> None:
+        return None
+
+
+@contextmanager
+def _pretended(target: GPUTarget) -> Iterator[None]:
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(_NoDevice(target))
+    try:
+        yield
+    finally:
+        config._active = before

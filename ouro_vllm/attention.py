@@ -1,0 +1,50 @@
+"""Which attention backend serves Ouro's layers: our kernels, or what vLLM chooses."""
+
+import os
+from typing import TYPE_CHECKING
+
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend
+
+OWN = "ouro_vllm.kernels.backend.LoopAttentionBackend"
+
+
+def register() -> None:
+    """Give our backend vLLM's name for one that is not its own, unless another plugin has taken it."""
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, OWN)
+
+
+def own_backend(vllm_config: "VllmConfig", shares: bool) -> "type[AttentionBackend] | None":
+    """Our backend for a server's attention layers, None for vLLM's choice; shares: loops share KV.
+
+    On GPUs it is ours if loops share KV and the user named no backend (`--attention-backend CUSTOM` is ours too, see
+    `register`). On the CPU, where vLLM's C++ attention is faster by far, only under Triton's interpreter.
+    """
+    if current_platform.is_cuda_alike():
+        wanted = shares and vllm_config.attention_config.backend is None
+    else:
+        wanted = current_platform.is_cpu() and _interpreting()
+    if not wanted:
+        return None
+    from ouro_vllm.kernels.backend import LoopAttentionBackend
+
+    return LoopAttentionBackend
+
+
+def is_own(backend: "type[AttentionBackend]") -> bool:
+    """Whether attention runs on our kernels."""
+    return backend.__module__ == OWN.rpartition(".")[0]
+
+
+def _interpreting() -> bool:
+    # Triton, which the CPU build of vLLM can do without, is not imported to be told that it is off.
+    if "TRITON_INTERPRET" not in os.environ:
+        return False
+    import triton
+
+    return triton.knobs.runtime.interpret
