@@ -74,9 +74,13 @@ class RequestOptions:
     """Options of one request: `vllm_xargs` in the HTTP API, `SamplingParams.extra_args` in Python.
 
     ouro_speculate: whether its tokens are drafted, 1 or 0.
+    ouro_anytime: set by the anytime endpoints: 1 to be told what is in flight, 2 with traces (see `anytime.frames`).
+    ouro_draft: set by the anytime endpoints: token ids that may be the answer, verified in place of own drafts.
     """
 
     ouro_speculate: int = 1
+    ouro_anytime: int = 0
+    ouro_draft: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, extra_args: Any) -> "RequestOptions":
@@ -93,7 +97,17 @@ class RequestOptions:
         speculate = given.get("ouro_speculate", 1)
         if speculate not in (0, 1) or not isinstance(speculate, int):
             raise OptionError(f"vllm_xargs: `ouro_speculate` is {speculate!r}; it must be 0 or 1.")
-        return cls(ouro_speculate=int(speculate))
+        anytime, draft = given.get("ouro_anytime", 0), given.get("ouro_draft", ())
+        if anytime not in (0, 1, 2) or not isinstance(anytime, int):
+            raise OptionError(f"vllm_xargs: `ouro_anytime` is {anytime!r}; it must be 0, 1 or 2.")
+        if not isinstance(draft, list | tuple) or any(type(token) is not int or token < 0 for token in draft):
+            raise OptionError("vllm_xargs: `ouro_draft` must be a list of token ids.")
+        return cls(ouro_speculate=int(speculate), ouro_anytime=int(anytime), ouro_draft=tuple(draft))
+
+
+def options_of(params: Any) -> Mapping[str, Any]:
+    """The checked `ouro_*` options, and whatever else stands beside them, of vLLM's SamplingParams (or None)."""
+    return getattr(params, "extra_args", None) or {}
 
 
 def speculates(params: Any) -> bool:

@@ -25,10 +25,11 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
 from ouro_vllm.kv import groups_by_loop
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.noise import key
-from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.options import OuroOptions, options_of, speculates
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
 from ouro_vllm.wavefront.pacing import Pace, StepReport
@@ -101,6 +102,7 @@ class SelfSpeculation(KeyedDraws):
         self._lanes: list[Lane] = []
         self._own_step = self._due = False
         self._lookups: dict[str, Lookup] = {}
+        self._watches: dict[str, Watch] = {}
         self._committed = 0
 
     # The engine's start.
@@ -163,6 +165,12 @@ class SelfSpeculation(KeyedDraws):
             for request in lost:
                 self._waves.forget(request)
                 self._lookups.pop(request, None)
+        for request in scheduler_output.finished_req_ids:
+            self._watches.pop(request, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            asked = options_of(new.sampling_params).get("ouro_anytime", 0)
+            if asked:
+                self._watches[new.req_id] = Watch(traced=asked > 1)
         self._pace = getattr(scheduler_output, PLUGIN, self._pace)
         return super()._update_states(scheduler_output)
 
@@ -222,9 +230,15 @@ class SelfSpeculation(KeyedDraws):
             if claimed < count:
                 chunks.append(Chunk(index, start, count - claimed, where))
             follows = not discarded[index] and speculates(state.sampling_params)
-            # Not yet there for a new request: reading a prompt takes its time, and somebody waits for the first token.
-            lookup = None if self._pace.entry else self._lookups.get(request)
-            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup))
+            if follows and options_of(state.sampling_params).get("ouro_draft"):
+                lookup = self._lookup(request)
+            else:
+                # Not yet there for a new request: reading a prompt takes its time, and somebody waits for the first
+                # token.
+                lookup = None if self._pace.entry else self._lookups.get(request)
+            watch = self._watches.get(request)
+            traced = watch is not None and watch.traced
+            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup, traced))
             layout += range(where + count - claimed, where + count)
             where += count
         machine.step = Step(self._tables())
@@ -247,10 +261,17 @@ class SelfSpeculation(KeyedDraws):
         """Let each lane look up what has been committed of its request, if lookups are fed."""
         lengths = self.input_batch.num_tokens_no_spec
         for lane in self._lanes:
-            if self._pace.entry == 0 and lane.speculates:
-                lane.lookup = self._lookups.setdefault(self.input_batch.req_ids[lane.index], Lookup())
+            if lane.speculates and (self._pace.entry == 0 or lane.lookup is not None):
+                lane.lookup = self._lookup(self.input_batch.req_ids[lane.index])
                 known = slice(len(lane.lookup.tokens), int(lengths[lane.index]))
                 lane.lookup.extend(self.input_batch.token_ids_cpu[lane.index, known].tolist())
+
+    def _lookup(self, request: str) -> Lookup:
+        if request not in self._lookups:
+            state = self.requests[request]
+            draft = options_of(state.sampling_params).get("ouro_draft", ())
+            self._lookups[request] = Lookup(list(draft), state.num_prompt_tokens)
+        return self._lookups[request]
 
     def _limit(self, index: int, flight: Flight, state: Any) -> None:
         """How far rows may run ahead of what is committed: allocated slots, the answer's length, its end."""
@@ -324,7 +345,29 @@ class SelfSpeculation(KeyedDraws):
                 if row.depth + 1 == proposing:
                     row.memo = scaled[place].softmax(dim=-1, dtype=torch.float32)
             tokens[drawn] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
-        return tokens.tolist()
+        chosen = tokens.tolist()
+        self._note(hidden, logits, rows, chosen)
+        return chosen
+
+    def _note(
+        self, hidden: torch.Tensor, logits: torch.Tensor, rows: Sequence[tuple[int, Row]], chosen: Sequence[int]
+    ) -> None:
+        """Rows of traced requests keep the probability of what they chose, at temperature 1, and the gate's lambda."""
+        if not any(watch.traced for watch in self._watches.values()):
+            return
+        numbers = []
+        for number, (lane, _) in enumerate(rows):
+            watch = self._watches.get(self.input_batch.req_ids[lane])
+            if watch is not None and watch.traced:
+                numbers.append(number)
+        if not numbers:
+            return
+        picked = torch.tensor(numbers, device=self.device)
+        of_chosen = torch.tensor([[chosen[number]] for number in numbers], device=self.device)
+        probabilities = logits[picked].softmax(dim=-1).gather(1, of_chosen)[:, 0].tolist()
+        gates = self.model.exit_logits(hidden[picked]).to(torch.float32).sigmoid().tolist()
+        for number, said in zip(numbers, zip(probabilities, gates, strict=True), strict=True):
+            rows[number][1].said.append(said)
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
         """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one lacks.
@@ -363,6 +406,9 @@ class SelfSpeculation(KeyedDraws):
                 continue
             flight, position = lane.flight, int(lengths[lane.index]) - 1
             self._committed += len(sampled)
+            watch = self._watches.get(self.input_batch.req_ids[lane.index])
+            if watch is not None:
+                watch.commit(flight, position, len(sampled))
             if sampled[-1] in flight.stops or position >= flight.end:
                 self._waves.free += flight.clear()
             else:
@@ -412,4 +458,13 @@ class SelfSpeculation(KeyedDraws):
             in_flight = sum(len(flight.rows) for flight in self._waves.flights.values())
             setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight))
             self._committed = 0
+            frames = {request: self._frame(request) for request in self._watches if request in output.req_id_to_index}
+            if frames:
+                setattr(output, FRAMES, frames)
         return output
+
+    def _frame(self, request: str) -> Frame:
+        state = self.requests[request]
+        position = int(self.input_batch.num_tokens_no_spec[self.input_batch.req_id_to_index[request]]) - 1
+        flight = self._waves.flights.get(request)
+        return self._watches[request].frame(flight, position, position + 1 - state.num_prompt_tokens)
