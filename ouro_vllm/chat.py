@@ -1,4 +1,4 @@
-"""`ouro-vllm chat`: a chat in the terminal. What is provisional is dim; it settles into plain text, or is taken back."""
+"""`ouro-vllm chat`: a chat in the terminal. The tail is dim; it settles into plain text, or is taken back."""
 
 import asyncio
 import contextlib
