@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from ouro_vllm import config as ouro_config
 from ouro_vllm import patches, speculation
 from ouro_vllm.names import ARCHITECTURE, MODEL_TYPE, OLDEST_VLLM, TOKENIZER_MODE
-from ouro_vllm.options import OuroOptions
+from ouro_vllm.options import Depth, OuroOptions, refuse_depth
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 BREAKABLE_GRAPHS = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def install() -> None:
@@ -42,6 +43,7 @@ def install() -> None:
     TokenizerRegistry.register(TOKENIZER_MODE, "ouro_vllm.tokenizer", "OuroTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
     patches.validate_requests()
+    patches.salt_by_depth()
     patches.carry_metrics()
     MODELS_CONFIG_MAP[ARCHITECTURE] = OuroServerCheck
 
@@ -74,9 +76,14 @@ class OuroServerCheck:
 
         model_config, compilation = vllm_config.model_config, vllm_config.compilation_config
         ouro_config.check(model_config.hf_config)
-        options = OuroOptions.parse(vllm_config.additional_config, model_config.hf_config.total_ut_steps)
+        options = OuroOptions.of(vllm_config)
         refuse_unsupported(vllm_config)
+        shallow = options.depth != Depth(options.max_loops)
+        if shallow:
+            os.environ.setdefault(V2_RUNNER, "0")
         choose_worker(vllm_config)
+        if shallow:
+            refuse_depth(vllm_config)
         # vLLM turns these graphs on by itself for batch invariance, but only where the variable is not set.
         os.environ.setdefault(BREAKABLE_GRAPHS, "0")
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
@@ -87,7 +94,7 @@ class OuroServerCheck:
 
 
 def choose_worker(vllm_config: "VllmConfig") -> None:
-    """Put Ouro's worker in place, and its scheduler where it speculates.
+    """Put Ouro's worker in place, and its scheduler: one where it speculates, one for vLLM's V1 runner otherwise.
 
     Raises:
         ValueError: self-speculation on a platform or with a setting that has no place for it.
@@ -103,6 +110,8 @@ def choose_worker(vllm_config: "VllmConfig") -> None:
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             # A pass is the unit of replay: its rows stand at any depth, which graphs of whole steps cannot express.
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif known and not vllm_config.use_v2_model_runner and vllm_config.scheduler_config.scheduler_cls is None:
+        vllm_config.scheduler_config.scheduler_cls = "ouro_vllm.tally.plain_scheduler"
     if known and parallel.worker_cls == "auto":
         parallel.worker_cls = "ouro_vllm.workers.Ouro" + ("CPU" if current_platform.is_cpu() else "GPU") + "Worker"
 

@@ -16,8 +16,25 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from ouro_vllm.wavefront.flight import complete
 
-@register_kv_cache_spec(manager_class=FullAttentionManager)
+
+class LoopManager(FullAttentionManager):
+    """Publishes blocks of a request under the exit gate only once all its loops have written them.
+
+    A prefix is found only where every group has it, so that the groups of the loops below the last are enough.
+    """
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, up to where the request (vLLM's v1 Request) is complete."""
+        tally = getattr(request, "ouro_depth", None)  # see `tally`
+        if tally is not None and tally.depth.gated:
+            done = complete(tally.depth.loops, request.num_prompt_tokens, request.num_computed_tokens)
+            num_tokens = min(num_tokens, done)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+
+@register_kv_cache_spec(manager_class=LoopManager)
 @dataclass(frozen=True, kw_only=True)
 class LoopSpec(FullAttentionSpec):
     """Full attention of one loop below the last. The last keeps the plain spec, which is what holds the groups apart.

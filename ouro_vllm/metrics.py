@@ -1,4 +1,4 @@
-"""What self-speculation adds to /metrics and to the log.
+"""What depths and self-speculation add to /metrics and to the log.
 
 Names follow vLLM's (`vllm:...`), with `ouro` where vLLM has no such thing. vLLM's own acceptance (`vllm:spec_decode_*`)
 reads near 1 under self-speculation, because drafts are proposed only once the last loop has decided them; how well
@@ -8,6 +8,7 @@ early loops guess is `vllm:ouro_readouts_agreed` to `vllm:ouro_readouts`.
 from functools import cache
 from typing import Any
 
+from ouro_vllm.options import MOST_LOOPS
 from ouro_vllm.wavefront.waves import Counts
 
 PER_LOOP = ("agreed", "judged")
@@ -37,7 +38,7 @@ class Exported:
     """The metrics in this process's registry."""
 
     def __init__(self) -> None:
-        from prometheus_client import Counter, Gauge
+        from prometheus_client import Counter, Gauge, Histogram
 
         labels = ["engine"]
         self.sums = {name: Counter(metric, text, labels) for name, (metric, text) in SUMS.items()}
@@ -48,10 +49,27 @@ class Exported:
         }
         self.in_flight = Gauge("vllm:ouro_rows_in_flight", "Rows kept between passes.", labels)
         self.entry = Gauge("vllm:ouro_entry_loop", "Loops a row has run when its readout is fed.", labels)
+        loops = range(1, MOST_LOOPS + 1)
+        self.depth = Histogram("vllm:ouro_exit_depth", "Loops that tokens were read after.", labels, buckets=loops)
+        self.mean = Gauge("vllm:ouro_mean_depth", "Mean of the loops that tokens were read after, so far.", labels)
+        self.read: dict[str, tuple[int, int]] = {}  # engine: tokens, sum of their loops
 
     def observe(self, step: dict[str, Any], engine: int) -> None:
-        """step: what `carried` made; engine: index among data-parallel engines."""
+        """step: what `carried` made, or `exits`, tokens by loop (see `tally`), or both.
+
+        engine: index among data-parallel engines.
+        """
         label = str(engine)
+        tokens, loops = self.read.get(label, (0, 0))
+        for loop, count in enumerate(step.get("exits", ()), 1):
+            for _ in range(count):
+                self.depth.labels(label).observe(loop)
+            tokens, loops = tokens + count, loops + count * loop
+        if "exits" in step:
+            self.read[label] = tokens, loops
+            self.mean.labels(label).set(loops / tokens)
+        if "committed" not in step:
+            return
         for name, counter in self.sums.items():
             counter.labels(label).inc(step[name])
         for name, counter in self.per_loop.items():

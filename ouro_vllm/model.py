@@ -189,7 +189,7 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         super().__init__()
         config: OuroConfig = vllm_config.model_config.hf_config
         self.config = config
-        self.options = OuroOptions.parse(vllm_config.additional_config, config.total_ut_steps)
+        self.options = OuroOptions.of(vllm_config)
         loops, tree = self.options.max_loops, maybe_prefix(prefix, "model")
         self.model = OuroModel(vllm_config=vllm_config, prefix=tree, loops=loops)
         self.lm_head = ParallelLMHead(

@@ -1,6 +1,7 @@
 """Names and versions that several modules share. Imports nothing."""
 
 PLUGIN = "ouro"  # entry point, key of --additional-config
+EXITS = f"{PLUGIN}_exits"  # attribute of ModelRunnerOutput: request id -> the loops its new tokens were read after
 MODEL_TYPE = "ouro"  # of config.json
 ARCHITECTURE = "OuroForCausalLM"
 TOKENIZER_MODE = "ouro"

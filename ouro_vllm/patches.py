@@ -10,7 +10,7 @@ from ouro_vllm.names import ARCHITECTURE, PLUGIN
 
 
 def validate_requests() -> None:
-    """`InputProcessor._validate_params` also checks `ouro_*` in `extra_args`.
+    """`InputProcessor._validate_params` also checks `ouro_*` in `extra_args`, against what the server runs.
 
     Reason: vLLM hands `vllm_xargs` on unread, so that a wrong value would first be seen in a worker, where it can only
     end the engine. Here it is an HTTP 400 for the one request. Checked: vLLM 0.32, 0.33.
@@ -18,7 +18,7 @@ def validate_requests() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from ouro_vllm.options import OptionError, RequestOptions
+    from ouro_vllm.options import Depth, OptionError, OuroOptions, depth_of, refuse_depth
 
     original = InputProcessor._validate_params
     if hasattr(original, PLUGIN):
@@ -27,14 +27,43 @@ def validate_requests() -> None:
     @functools.wraps(original)
     def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if ARCHITECTURE in self.model_config.architectures:
+            server = OuroOptions.of(self.vllm_config)
             try:
-                RequestOptions.parse(getattr(params, "extra_args", None))
+                if depth_of(params, server) != Depth(server.max_loops):
+                    refuse_depth(self.vllm_config)
             except OptionError as error:
                 raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
         return original(self, params, *args, **kwargs)
 
     setattr(validate, PLUGIN, True)
     InputProcessor._validate_params = validate
+
+
+def salt_by_depth() -> None:
+    """`InputProcessor.process_inputs` gives requests of different depth different cache salts.
+
+    Reason: vLLM finds prefix-cache blocks by tokens, and a block holds the loops that its request ran. The salt is
+    part of the first block's hash, which all later ones include; the one hook, the field of the prompt, is the user's.
+    Checked: vLLM 0.32, 0.33.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from ouro_vllm.options import OuroOptions, depth_of, salt
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, PLUGIN):
+        return
+
+    @functools.wraps(original)
+    def process(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if ARCHITECTURE in self.model_config.architectures:
+            server = OuroOptions.of(self.vllm_config)
+            request.cache_salt = salt(request.cache_salt, depth_of(request.sampling_params, server), server)
+        return request
+
+    setattr(process, PLUGIN, True)
+    InputProcessor.process_inputs = process
 
 
 def carry_metrics() -> None:

@@ -26,10 +26,11 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
+from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import groups_by_loop
-from ouro_vllm.names import PLUGIN
+from ouro_vllm.names import EXITS, PLUGIN
 from ouro_vllm.noise import key
-from ouro_vllm.options import OuroOptions, options_of, speculates
+from ouro_vllm.options import Depth, OuroOptions, depth_of, speculates
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
 from ouro_vllm.wavefront.pacing import Pace, StepReport
@@ -48,12 +49,15 @@ class KeyedDraws:
     def start_draws(self) -> None:
         """Called once, after the runner is made."""
         self._seeds: dict[str, int] = {}
+        self._options = OuroOptions.of(self.vllm_config)
+        self._depths: dict[str, Depth] = {}
         self._unseeded = torch.Generator().manual_seed(self.model_config.seed)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
+            self._depths[new.req_id] = depth_of(params, self._options)
             if new.req_id not in self._seeds and params is not None:
                 # Every rank sees requests in the same order, so an unseeded one has the same seed on all of them.
                 drawn = int(torch.randint(0, 2**62, (), generator=self._unseeded)) if params.seed is None else None
@@ -65,6 +69,7 @@ class KeyedDraws:
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self._seeds.pop(req_id, None)
+        self._depths.pop(req_id, None)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
         batch = self.input_batch
@@ -93,9 +98,8 @@ class SelfSpeculation(KeyedDraws):
     def start_speculation(self) -> None:
         """Called once, after the runner is made and before the model is loaded."""
         self.start_draws()
-        config = self.vllm_config
-        options = OuroOptions.parse(config.additional_config, config.model_config.hf_config.total_ut_steps)
-        self._loops, self._burst = options.max_loops, config.speculative_config.num_speculative_tokens
+        options = self._options
+        self._loops, self._burst = options.max_loops, self.vllm_config.speculative_config.num_speculative_tokens
         self._textbook = options.speculation == "draft-verify"
         self._waves: Waves | None = None
         self._pace = Pace(entry=1, passes=self._burst)
@@ -104,6 +108,7 @@ class SelfSpeculation(KeyedDraws):
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
         self._committed = 0
+        self._exits: dict[str, list[int]] = {}
 
     # The engine's start.
 
@@ -151,7 +156,7 @@ class SelfSpeculation(KeyedDraws):
                 machine.step = Step(torch.zeros(self._loops, 1, 1, dtype=torch.int32, device=self.device))
                 began = perf_counter()
                 machine.run(rows, [], (), 0)
-                self.model.compute_logits(machine.kept([row.slot for _, row in rows])).argmax(-1).tolist()
+                self.model.compute_logits(machine.kept([row for _, row in rows])).argmax(-1).tolist()
                 if number:  # the first of a size may compile or allocate
                     self._waves.counts.shapes.append((size, perf_counter() - began))
 
@@ -168,7 +173,7 @@ class SelfSpeculation(KeyedDraws):
         for request in scheduler_output.finished_req_ids:
             self._watches.pop(request, None)
         for new in scheduler_output.scheduled_new_reqs:
-            asked = options_of(new.sampling_params).get("ouro_anytime", 0)
+            asked = (getattr(new.sampling_params, "extra_args", None) or {}).get("ouro_anytime", 0)
             if asked:
                 self._watches[new.req_id] = Watch(traced=asked > 1)
         self._pace = getattr(scheduler_output, PLUGIN, self._pace)
@@ -204,11 +209,11 @@ class SelfSpeculation(KeyedDraws):
             return self._wave_forward(input_ids)
         except Exception:
             logger.exception("Self-speculation failed in this step; its rows are computed again, plainly.")
-            self._drop_all()
+            self._waves.lose()
             return self._wave_forward(input_ids)
 
     def _wave_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [N, D] after the last loop of the N scheduled tokens."""
+        """Hidden states [N, D] of the N scheduled tokens, each after the loop it is read after."""
         assert self._waves is not None
         waves, batch, scheduled = self._waves, self.input_batch, self._scheduled
         machine: Passes = waves.machine
@@ -217,61 +222,77 @@ class SelfSpeculation(KeyedDraws):
         discarded = self.discard_request_mask.np[: batch.num_reqs].tolist()
         lanes, chunks, layout, where = [], [], [], 0
         for index, (request, start, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
-            state = self.requests[request]
-            flight = waves.flight(request)
+            state, depth = self.requests[request], self._depths[request]
+            flight = waves.flight(request, depth.loops, depth.gated)
             claimed = 0
             if discarded[index]:  # a prompt that ends in a later step
-                waves.free += flight.clear()
+                waves.free += flight.ground()
             else:
                 known = len(scheduled.scheduled_spec_decode_tokens.get(request, ())) + 1
                 tail = batch.token_ids_cpu[index, start + count - known : start + count].tolist()
                 claimed = waves.claim(flight, start + count - known, tail)
                 self._limit(index, flight, state)
-            if claimed < count:
-                chunks.append(Chunk(index, start, count - claimed, where))
+            lead = 0 if flight.missing is None else start - flight.missing
+            if claimed < count or lead:
+                chunks.append(Chunk(index, start - lead, lead + count - claimed, where, depth.loops, lead))
             follows = not discarded[index] and speculates(state.sampling_params)
-            if follows and options_of(state.sampling_params).get("ouro_draft"):
-                lookup = self._lookup(request)
-            else:
-                # Not yet there for a new request: reading a prompt takes its time, and somebody waits for the first
-                # token.
-                lookup = None if self._pace.entry else self._lookups.get(request)
+            follows = follows and not (self._textbook and depth.gated)
             watch = self._watches.get(request)
             traced = watch is not None and watch.traced
+            lookup = self._ready_lookup(request, state.sampling_params)
             lanes.append(Lane(index, flight, follows, self._pace.entry, lookup, traced))
             layout += range(where + count - claimed, where + count)
             where += count
         machine.step = Step(self._tables())
         if chunks:
-            machine.step.chunk_ids = torch.cat([input_ids[c.where : c.where + c.tokens] for c in chunks]).long()
+            chunks.sort(key=lambda chunk: -chunk.loops)
+            machine.step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in chunks]).long()
+            depths = [self._depths[batch.req_ids[chunk.index]] for chunk in chunks]
+            if any(depth.gated for depth in depths):
+                tokens = [chunk.tokens for chunk in chunks]
+                hidden = machine.pool.new_empty(sum(tokens), machine.pool.shape[1])
+                machine.step.exits = ExitPick(depths, tokens, hidden, self.model.exit_logits)
         waves.forward(lanes, chunks, follow=not self._textbook)
         self._lanes = lanes
-        kept = machine.kept([row.slot for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
+        kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
             return kept
         hidden = kept.new_empty(where, kept.shape[1])
         hidden[torch.tensor(layout, dtype=torch.int64, device=self.device)] = kept
         done = 0
         for chunk in chunks:
-            hidden[chunk.where : chunk.where + chunk.tokens] = machine.step.chunk_hidden[done : done + chunk.tokens]
+            scheduled_here = machine.step.chunks_read[done + chunk.lead : done + chunk.tokens]
+            hidden[chunk.where : chunk.where + chunk.tokens - chunk.lead] = scheduled_here
             done += chunk.tokens
         return hidden
 
+    def _chunk_ids(self, chunk: Chunk, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids of a chunk, [tokens]; what leads it is not among the step's scheduled ones."""
+        scheduled = input_ids[chunk.where : chunk.where + chunk.tokens - chunk.lead]
+        if not chunk.lead:
+            return scheduled
+        led = self.input_batch.token_ids_cpu[chunk.index, chunk.start : chunk.start + chunk.lead]
+        return torch.cat([torch.from_numpy(led).to(scheduled), scheduled])
+
     def _look_up(self) -> None:
-        """Let each lane look up what has been committed of its request, if lookups are fed."""
+        """Let each lane look up what has been committed of its request, if lookups are fed, or check its draft."""
         lengths = self.input_batch.num_tokens_no_spec
         for lane in self._lanes:
+            request = self.input_batch.req_ids[lane.index]
             if lane.speculates and (self._pace.entry == 0 or lane.lookup is not None):
-                lane.lookup = self._lookup(self.input_batch.req_ids[lane.index])
+                lane.lookup = self._lookups.setdefault(request, Lookup())
                 known = slice(len(lane.lookup.tokens), int(lengths[lane.index]))
                 lane.lookup.extend(self.input_batch.token_ids_cpu[lane.index, known].tolist())
 
-    def _lookup(self, request: str) -> Lookup:
-        if request not in self._lookups:
-            state = self.requests[request]
-            draft = options_of(state.sampling_params).get("ouro_draft", ())
-            self._lookups[request] = Lookup(list(draft), state.num_prompt_tokens)
-        return self._lookups[request]
+    def _ready_lookup(self, request: str, params: Any) -> Lookup | None:
+        """The lookup for rows that enter while somebody waits.
+
+        Not yet there for a new request: reading a prompt takes its time. A draft needs no prompt.
+        """
+        draft = (params.extra_args or {}).get("ouro_draft")
+        if draft and request not in self._lookups:
+            self._lookups[request] = Lookup(list(draft), self.requests[request].num_prompt_tokens)
+        return None if self._pace.entry and not draft else self._lookups.get(request)
 
     def _limit(self, index: int, flight: Flight, state: Any) -> None:
         """How far rows may run ahead of what is committed: allocated slots, the answer's length, its end."""
@@ -328,6 +349,7 @@ class SelfSpeculation(KeyedDraws):
                 logits[number, list(state.sampling_params.all_stop_token_ids)] = -torch.inf
             if request in batch.random_reqs:
                 random.append(number)
+        self._let_go(hidden, rows)
         tokens = logits.argmax(dim=-1)
         if random:
             metadata: SamplingMetadata = batch.sampling_metadata
@@ -337,12 +359,12 @@ class SelfSpeculation(KeyedDraws):
             top_k = None if metadata.top_k is None else metadata.top_k[lanes]
             top_p = None if metadata.top_p is None else metadata.top_p[lanes]
             scaled = apply_top_k_top_p(scaled, top_k, top_p)
-            proposing = 1 if self._textbook else self._loops
             generators = {}
             for place, number in enumerate(random):
                 lane, row = rows[number]
                 generators[place] = self.generator(batch.req_ids[lane], row.position + 1)
-                if row.depth + 1 == proposing:
+                last = 1 if self._textbook else self._depths[batch.req_ids[lane]].loops
+                if row.exit or row.depth + 1 == last:
                     row.memo = scaled[place].softmax(dim=-1, dtype=torch.float32)
             tokens[drawn] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
         chosen = tokens.tolist()
@@ -368,6 +390,20 @@ class SelfSpeculation(KeyedDraws):
         gates = self.model.exit_logits(hidden[picked]).to(torch.float32).sigmoid().tolist()
         for number, said in zip(numbers, zip(probabilities, gates, strict=True), strict=True):
             rows[number][1].said.append(said)
+
+    def _let_go(self, hidden: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+        """Ask the gate about the rows of requests that have one: hidden states [M, D] of M times (lane, row)."""
+        depths = [self._depths[self.input_batch.req_ids[lane]] for lane, _ in rows]
+        asked = [number for number, depth in enumerate(depths) if depth.gated]
+        if not asked:
+            return
+        chances = chance(self.model.exit_logits(hidden[torch.tensor(asked, device=self.device)])).tolist()
+        for number, leaving in zip(asked, chances, strict=True):
+            row, depth = rows[number][1], depths[number]
+            row.staying *= 1.0 - leaving
+            loop = row.depth + 1
+            if depth.least <= loop < depth.loops and 1.0 - row.staying >= depth.threshold:
+                row.exit = loop
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
         """Probabilities [drafts, V] that the drafts were drawn from; None, vLLM's word for unknown, if one lacks.
@@ -409,10 +445,14 @@ class SelfSpeculation(KeyedDraws):
             watch = self._watches.get(self.input_batch.req_ids[lane.index])
             if watch is not None:
                 watch.commit(flight, position, len(sampled))
+            if flight.gated:
+                exits = {row.position: row.exit or row.depth for row in flight.rows[: flight.held]}
+                read = range(position - len(sampled), position)
+                # After a failed pass positions are computed in chunks, and counted as if read after the last loop.
+                self._exits[self.input_batch.req_ids[lane.index]] = [exits.get(at, flight.loops) for at in read]
+            self._waves.restart(flight, position, sampled[-1])
             if sampled[-1] in flight.stops or position >= flight.end:
-                self._waves.free += flight.clear()
-            else:
-                self._waves.restart(flight, position, sampled[-1])
+                self._waves.free += flight.ground()
         self._due = True
         return [[] for _ in self._lanes]
 
@@ -433,7 +473,7 @@ class SelfSpeculation(KeyedDraws):
                 drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}
         except Exception:
             logger.exception("Self-speculation failed while drafting; this step goes without drafts.")
-            self._drop_all()
+            self._waves.lose()
             drafts = {}
         request_ids = list(self.input_batch.req_ids)
         for index, request in enumerate(request_ids):
@@ -444,20 +484,16 @@ class SelfSpeculation(KeyedDraws):
                 drafts[index] = drafts[index][: barred - 1]
         return DraftTokenIds(request_ids, [drafts.get(index, []) for index in range(len(request_ids))])
 
-    def _drop_all(self) -> None:
-        """Forget what is under way. Nothing depends on it: vLLM schedules every token until its row is committed."""
-        assert self._waves is not None
-        for request in list(self._waves.flights):
-            self._waves.forget(request)
-
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)
         if self._waves:
-            in_flight = sum(len(flight.rows) for flight in self._waves.flights.values())
+            in_flight = sum(len(flight.rows) + len(flight.trail) for flight in self._waves.flights.values())
             setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight))
-            self._committed = 0
+            if self._exits:
+                setattr(output, EXITS, self._exits)
+            self._committed, self._exits = 0, {}
             frames = {request: self._frame(request) for request in self._watches if request in output.req_id_to_index}
             if frames:
                 setattr(output, FRAMES, frames)

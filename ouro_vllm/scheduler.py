@@ -9,7 +9,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from ouro_vllm.anytime.frames import FRAMES
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
-from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.options import speculates
+from ouro_vllm.tally import DepthFigures
 from ouro_vllm.wavefront.pacing import Pacer, StepReport
 from ouro_vllm.wavefront.waves import Counts
 
@@ -18,12 +19,12 @@ logger = init_logger(f"vllm.{PLUGIN}.scheduler")
 LOG_SECONDS = 10.0  # vLLM's own interval between lines of statistics
 
 
-class OuroScheduler(Scheduler):
+class OuroScheduler(DepthFigures, Scheduler):
     """vLLM's scheduler. Overridden: `__init__`, `schedule`, `update_from_output`, `make_stats`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        options = OuroOptions.parse(vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps)
+        options = self.ouro
         # Rows run ahead of what is scheduled by the passes of a burst and by what is in flight behind them.
         self.num_lookahead_tokens = self.num_spec_tokens + options.max_loops - 1
         # vLLM pads a request that needs one token to 1 + k rows of token -1, for CUDA graphs of uniform steps. There

@@ -14,9 +14,7 @@ MOST_PASSES = 128  # vLLM's rejection sampler takes no more drafts per step (MAX
 def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
     """Raises ValueError, naming setting and mend, where `--speculative-config` cannot work for an Ouro model."""
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    loops = OuroOptions.parse(
-        vllm_config.additional_config, vllm_config.model_config.hf_config.total_ut_steps
-    ).max_loops
+    loops = OuroOptions.of(vllm_config).max_loops
     if speculative.method != "custom_class" or speculative.model != SPECULATOR:
         raise ValueError(
             f"--speculative-config: an Ouro model drafts with its own early loops. Got method {speculative.method!r}, "

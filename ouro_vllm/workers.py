@@ -3,7 +3,8 @@
 from typing import Any
 
 from ouro_vllm.patches import expand_on_cpu
-from ouro_vllm.runner import KeyedDraws, SelfSpeculation
+from ouro_vllm.plain import PlainDepths
+from ouro_vllm.runner import SelfSpeculation
 
 
 def install_runner(worker: Any) -> None:
@@ -14,13 +15,13 @@ def install_runner(worker: Any) -> None:
     """
     runner = worker.model_runner
     speculative = worker.vllm_config.speculative_config is not None
-    mixin = SelfSpeculation if speculative else KeyedDraws
+    mixin = SelfSpeculation if speculative else PlainDepths
     runner.__class__ = type(f"Ouro{type(runner).__name__}", (mixin, type(runner)), {})
     if speculative:
         expand_on_cpu()
         runner.start_speculation()
     else:
-        runner.start_draws()
+        runner.start_plain()
 
 
 def _worker(base: type) -> type:

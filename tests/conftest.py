@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_shapes": 1,
         "test_speculation": 1,
         "test_sampling": 1,
+        "test_depth": 1,
     }
     items.sort(key=lambda item: order.get(Path(item.fspath).stem, 0))
 

@@ -85,6 +85,19 @@ class Reference:
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def exit_loops(depths: list[Depth], threshold: float, least: int = 1) -> Tensor:
+    """The first loop, not before `least`, by which the chance of having left reaches the threshold -> [T], 1-based."""
+    reached = exit_distribution(depths).cumsum(0) >= threshold
+    reached[: least - 1] = False
+    reached[-1] = True
+    return (reached.int().argmax(0) if threshold < 1 else torch.full_like(reached[0], len(depths) - 1, dtype=int)) + 1
+
+
+def logits_at(depths: list[Depth], loops: Tensor) -> Tensor:
+    """What each token is read as, after a loop of its own: loops [T] -> logits [T, V]."""
+    return torch.stack([depths[loop - 1].logits[row] for row, loop in enumerate(loops.tolist())])
+
+
 def exit_distribution(depths: list[Depth]) -> Tensor:
     """p_t = lambda_t * prod_{s<t} (1 - lambda_s), the rest of the mass at the last loop. -> [R, T]"""
     left = torch.ones_like(depths[0].exit_logit)

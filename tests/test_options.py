@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ouro_vllm.config import OuroConfig, check
 from ouro_vllm.hooks import refuse_old_vllm
-from ouro_vllm.options import MOST_LOOPS, OptionError, OuroOptions
+from ouro_vllm.options import MOST_LOOPS, Depth, OptionError, OuroOptions, RequestOptions, salt
 
 
 def test_defaults_follow_the_checkpoint():
@@ -145,3 +145,95 @@ def test_options_read_the_same_from_the_command_line_and_from_yaml(tmp_path):
         "parse('--config', str(f))]))"
     )
     assert seen == [{"ouro": {"max_loops": 3}}] * 2
+
+
+SERVER = OuroOptions(max_loops=6)
+
+
+@pytest.mark.parametrize(
+    ("given", "depth"),
+    [
+        ({}, Depth(6)),
+        ({"loops": 3}, Depth(3)),
+        ({"loops": 6, "exit_threshold": 1}, Depth(6)),
+        ({"exit_threshold": 0.5}, Depth(6, 0.5)),
+        ({"loops": 4, "exit_threshold": 0.5, "min_loops": 2}, Depth(4, 0.5, 2)),
+        ({"exit_threshold": "checkpoint"}, Depth(6, 0.9)),
+    ],
+)
+def test_a_servers_depth(given, depth):
+    assert OuroOptions.parse({"ouro": {"max_loops": 6, **given}}, 4, early_exit_threshold=0.9).depth == depth
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"loops": 5}, "`ouro.loops` is 5.*1 to 4"),
+        ({"loops": 0}, "`ouro.loops` is 0"),
+        ({"loops": True}, "`ouro.loops` is True"),
+        ({"exit_threshold": 0}, "`ouro.exit_threshold` is 0;.*above 0"),
+        ({"exit_threshold": 1.01}, "`ouro.exit_threshold` is 1.01"),
+        ({"exit_threshold": "config"}, "`ouro.exit_threshold` is 'config'.*checkpoint"),
+        ({"exit_threshold": "checkpoint"}, "`early_exit_threshold` of config.json is None"),
+        ({"loops": 2, "min_loops": 3}, "`ouro.min_loops` is 3.*1 to 2"),
+    ],
+)
+def test_a_servers_wrong_depth_is_named(given, named):
+    with pytest.raises(OptionError, match=named):
+        OuroOptions.parse({"ouro": given}, 4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "server", "depth"),
+    [
+        ({}, SERVER, Depth(6)),
+        ({"ouro_loops": 2}, SERVER, Depth(2)),
+        ({"ouro_loops": 2}, OuroOptions(6, exit_threshold=0.3, min_loops=2), Depth(2)),
+        ({"ouro_exit_threshold": 0.5}, SERVER, Depth(6, 0.5)),
+        ({"ouro_exit_threshold": 1}, OuroOptions(6, exit_threshold=0.3), Depth(6, 1.0)),
+        ({"ouro_exit_threshold": 0.5, "ouro_loops": 4}, SERVER, Depth(4, 0.5)),
+        ({"ouro_exit_threshold": 0.5, "ouro_min_loops": 3}, SERVER, Depth(6, 0.5, 3)),
+        ({"ouro_min_loops": 3}, OuroOptions(6, loops=4, exit_threshold=0.3), Depth(4, 0.3, 3)),
+        ({"ouro_exit_threshold": 0.5, "ouro_loops": 2}, OuroOptions(6, min_loops=3), Depth(2, 0.5, 2)),
+        ({}, OuroOptions(6, loops=4), Depth(4)),
+        ({"other": 1, "ouro_speculate": 0}, SERVER, Depth(6)),
+    ],
+)
+def test_a_requests_depth(asked, server, depth):
+    assert RequestOptions.parse(asked).depth(server) == depth
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"ouro_loops": 7}, "`ouro_loops` is 7.*1 to 6"),
+        ({"ouro_loops": 0}, "`ouro_loops` is 0"),
+        ({"ouro_loops": "2"}, "`ouro_loops` is '2'"),
+        ({"ouro_loops": 2.0}, "`ouro_loops` is 2.0"),
+        ({"ouro_loops": None}, "`ouro_loops` is None"),
+        ({"ouro_loops": True}, "`ouro_loops` is True"),
+        ({"ouro_exit_threshold": 0.0}, "`ouro_exit_threshold` is 0.0"),
+        ({"ouro_exit_threshold": 1.5}, "`ouro_exit_threshold` is 1.5"),
+        ({"ouro_exit_threshold": "0.5"}, "`ouro_exit_threshold` is '0.5'"),
+        ({"ouro_exit_threshold": float("nan")}, "`ouro_exit_threshold` is nan"),
+        ({"ouro_min_loops": 0}, "`ouro_min_loops` is 0"),
+        ({"ouro_min_loops": 7}, "`ouro_min_loops` is 7.*deepest loop is 6"),
+        ({"ouro_min_loops": 3, "ouro_loops": 2, "ouro_exit_threshold": 0.5}, "`ouro_min_loops` is 3.*is 2"),
+        ({"ouro_min_loops": 2, "ouro_loops": 3}, "`ouro_loops` alone is a fixed depth.*`ouro_min_loops` contradicts"),
+        ({"ouro_lops": 2}, "unknown option `ouro_lops`.*Did you mean `ouro_loops`"),
+    ],
+)
+def test_a_requests_wrong_depth_is_named(asked, named):
+    with pytest.raises(OptionError, match=named):
+        RequestOptions.parse(asked).depth(SERVER)
+
+
+def test_salts_tell_depths_apart_and_nothing_else():
+    """A user's own salt stays what it is at full depth, unless it looks like one of ours."""
+    assert salt(None, Depth(6), SERVER) is None
+    assert salt("mine", Depth(6), SERVER) == "mine"
+    assert salt("mine", Depth(6, 0.5, 2), SERVER) == "mine"
+    given = [None, "mine", "ouro:2:", "ouro:2:mine"]
+    salts = {salt(own, Depth(loops), SERVER) for own in given for loops in range(1, 7)}
+    assert len(salts) == 4 * 6
+    assert salt("mine", Depth(2, 0.5), SERVER) == salt("mine", Depth(2), SERVER)

@@ -168,6 +168,20 @@ def test_thirty_two_requests_at_once(client, heldout):
     assert together == alone
 
 
+def test_metrics_of_depth(server, client):
+    """Tokens by the loop they were read after, as the requests asked for it."""
+    depth = "vllm:ouro_exit_depth"
+    names = [f"{depth}_count", f"{depth}_sum"]
+    before = [gauge(server, name) for name in names]
+    for loops in (1, 3):
+        options = {"max_tokens": 20, "extra_body": {"ignore_eos": True, "vllm_xargs": {"ouro_loops": loops}}}
+        client.completions.create(model=MODEL, prompt=PROMPT, **options)
+    until(lambda: gauge(server, names[0]) >= before[0] + 40, 30)
+    after = [gauge(server, name) for name in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [40, 20 * 1 + 20 * 3]
+    assert gauge(server, "vllm:ouro_mean_depth") == pytest.approx(after[1] / after[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [
@@ -178,6 +192,8 @@ def test_thirty_two_requests_at_once(client, heldout):
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"extra_body": {"vllm_xargs": {"ouro_speculate": 2}}}, openai.BadRequestError, "`ouro_speculate` is 2"),
         ({"extra_body": {"vllm_xargs": {"ouro_depth": 2}}}, openai.BadRequestError, "unknown option `ouro_depth`"),
+        ({"extra_body": {"vllm_xargs": {"ouro_loops": 5}}}, openai.BadRequestError, "`ouro_loops` is 5"),
+        ({"extra_body": {"vllm_xargs": {"ouro_exit_threshold": 2}}}, openai.BadRequestError, "`ouro_exit_threshold`"),
         ({"logit_bias": {"5": 3}}, openai.BadRequestError, "logit_bias"),
     ],
 )

@@ -10,13 +10,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ouro_vllm.noise import key
-from ouro_vllm.wavefront.flight import Flight, Row
+from ouro_vllm.wavefront.flight import Flight, Row, complete
 from ouro_vllm.wavefront.lookup import LONGEST, SHORTEST, Lookup
 from ouro_vllm.wavefront.pacing import passes_per_token, rows_per_token
 from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
@@ -35,9 +36,11 @@ class Text:
     A prefix (all tokens of a request up to a position) is a number, so that comparing two costs next to nothing.
     """
 
-    def __init__(self, loops: int, words: int, agreement: float, seed: int) -> None:
-        """agreement: chance that a readout before the last loop equals the last one's, independently for each."""
-        self.loops, self.words, self.agreement = loops, words, agreement
+    def __init__(self, loops: int, words: int, agreement: float, seed: int, leaving: float = 0.0) -> None:
+        """agreement: chance that a readout before the last loop equals the last one's, independently for each.
+
+        leaving: chance that the gate lets a row go at a loop before its last, independently for each."""
+        self.loops, self.words, self.agreement, self.leaving = loops, words, agreement, leaving
         self.hashes = [seed]
         self.followers: dict[tuple[int, int], int] = {}
         self.heard: dict[tuple[int, int], int] = {}
@@ -70,11 +73,16 @@ class Text:
             return final
         return (final + 1 + key(seed, -1001 - depth) % (self.words - 1)) % self.words
 
-    def plain(self, prefix: int, prompt: Sequence[int], longest: int, stops: frozenset[int]) -> list[int]:
+    def exit(self, prefix: int, loops: int, gated: bool) -> int:
+        """The loop after which the row at the end of `prefix` is read, of a request of so many loops."""
+        leaves = (loop for loop in range(1, loops) if key(self.hashes[prefix], -2001 - loop) < self.leaving * KEYS)
+        return next(leaves, loops) if gated else loops
+
+    def plain(self, request: "Request") -> list[int]:
         """The answer of plain decoding."""
-        prefix, answer = self.path(prefix, prompt)[-1], []
-        while len(answer) < longest and not (answer and answer[-1] in stops):
-            answer.append(self.readout(prefix, self.loops))
+        prefix, answer = self.path(request.root, request.tokens[: request.prompt])[-1], []
+        while len(answer) < request.longest and request.stops.isdisjoint(answer[-1:]):
+            answer.append(self.readout(prefix, self.exit(prefix, request.loops, request.gated)))
             prefix = self.after(prefix, answer[-1])
         return answer
 
@@ -168,7 +176,8 @@ class Machine:
         self.slots = 0
         self.lanes: dict[int, View] = {}
         self.pool: dict[int, tuple[int, int]] = {}  # slot: (prefix, depth) of the hidden state kept there
-        self.chunk_depth = 0
+        self.departed: dict[int, tuple[int, int]] = {}  # the same, of what rows were read from that the gate let go
+        self.ran: dict[int, int] = {}  # start of a chunk in its lane: loops that it has run
         self.fuse: int | None = None  # passes until one fails
         self.passes = self.rows = self.entered = self.reads = 0
         self.heard: dict[int, list[int]] = {}  # slot: depths at which the row there was read
@@ -188,7 +197,7 @@ class Machine:
         for index, row in rows:
             view, end = self.lanes[index], row.position + 1
             prefix = stands.pop(id(row))  # a row is in its flight, and runs once in a pass
-            assert row.depth < self.text.loops
+            assert row.depth < view.flight.loops
             assert end <= len(view.table), "outside of what is allocated"
             if row.depth:
                 assert self.pool[row.slot] == (prefix, row.depth), "another row's hidden state"
@@ -198,10 +207,10 @@ class Machine:
                 self.check_entry(view, row)
             writes.append((row.depth + 1, view.table[row.position], prefix))
             reads.append((row.depth + 1, view.table[:end], paths[index][:end]))
-        if chunks:
-            assert loop == self.chunk_depth + 1, "chunks run loop after loop"
-            self.chunk_depth = loop
+        assert all(one.loops >= other.loops for one, other in pairwise(chunks)), "the deepest chunk is the first"
         for chunk in chunks:
+            assert loop == self.ran.get(chunk.index, 0) + 1 <= chunk.loops, "chunks run loop after loop"
+            self.ran[chunk.index] = loop
             view, end = self.lanes[chunk.index], chunk.start + chunk.tokens
             writes += [(loop, view.table[at], view.path[at]) for at in range(chunk.start, end)]
             reads.append((loop, view.table[:end], view.path[:end]))  # of its last position, which reads what all read
@@ -219,7 +228,7 @@ class Machine:
 
         for (depth, _, prefix), (_, row) in zip(writes, rows, strict=False):
             self.pool[row.slot] = (prefix, depth)
-        for index in paths:
+        for index in {index for index, row in rows if not row.exit}:
             self.lanes[index].passes += 1
         self.passes += bool(rows)
         self.rows += len(rows)
@@ -227,14 +236,19 @@ class Machine:
         slots = [rows[number][1].slot for number in read]
         for slot in slots:
             self.heard[slot].append(self.pool[slot][1])
-        for _, row in rows:
-            if row.depth + 1 == self.text.loops:
-                self.tally(self.pool[row.slot][0], self.heard[row.slot])
+        for number, (index, row) in enumerate(rows):
+            flight, (prefix, depth) = self.lanes[index].flight, self.pool[row.slot]
+            assert not (number in read and row.exit), "read after it was decided"
+            if not row.exit and depth == self.text.exit(prefix, flight.loops, flight.gated):
+                self.tally(prefix, self.heard[row.slot], depth)
+                if depth < flight.loops:
+                    assert number in read, "the gate was not asked"
+                    row.exit, self.departed[row.slot] = depth, (prefix, depth)
         return [self.text.readout(*self.pool[slot]) for slot in slots]
 
-    def tally(self, prefix: int, heard: list[int]) -> None:
-        """A row on `prefix` that was read at the depths `heard` has run all loops."""
-        loops = range(1, self.text.loops + 1)
+    def tally(self, prefix: int, heard: list[int], decided: int) -> None:
+        """A row on `prefix` that was read at the depths `heard` is decided at this one."""
+        loops = range(1, decided + 1)
         wrong = [depth for depth in loops if self.text.readout(prefix, depth) != self.text.readout(prefix, loops[-1])]
         self.judged.update(heard)
         self.agreed.update(set(heard).difference(wrong))
@@ -243,9 +257,14 @@ class Machine:
 
     def standing(self, view: View, stands: dict[int, int]) -> list[int]:
         """The prefixes of all positions as the flight has them; notes those of its rows in `stands`."""
-        rows = view.flight.rows
-        assert len(rows) <= self.waves.most, "more rows than a flight may have"
-        path = view.path[: rows[0].position]
+        rows, trail = view.flight.rows, view.flight.trail
+        assert len(rows) + len(trail) <= self.waves.most, "more rows than a flight may have"
+        assert len(trail) < view.flight.loops, "a trail longer than there are loops to run"
+        path = view.path[: rows[0].position] if rows else list(view.path)
+        for row in trail:
+            before = path[row.position - 1] if row.position else view.root
+            assert path[row.position] == self.text.after(before, row.token), "a token that was not committed trails"
+            stands[id(row)] = path[row.position]
         for row in rows:
             assert row.position == len(path), "rows do not stand at consecutive positions"
             path.append(self.text.after(path[-1] if path else view.root, row.token))
@@ -263,7 +282,7 @@ class Machine:
 
     def check_slots(self) -> None:
         """Every slot is free or one row's."""
-        taken = [row.slot for flight in self.waves.flights.values() for row in flight.rows]
+        taken = [row.slot for flight in self.waves.flights.values() for row in flight.trail + flight.rows]
         assert sorted(self.waves.free + taken) == list(range(self.slots)), "slots leak or are used twice"
 
 
@@ -274,16 +293,19 @@ class Machine:
 class Request:
     """A request. root: the prefix before its first token; tokens: prompt, then answer too; longest: of the answer.
 
-    computed: positions whose keys and values are final. drafts: what was proposed last. passes: that had rows of it.
-    draft: what it brings along as a guess at its answer.
+    computed: committed positions. drafts: what was proposed last. passes: that had undecided rows of it. loops: its
+    depth. gated: the exit gate may read it earlier. draft: what it brings along as
+    a guess at its answer.
     """
 
     name: str
     tokens: list[int]
     longest: int
+    loops: int
     root: int = 0
     stops: frozenset[int] = frozenset()
     speculates: bool = True
+    gated: bool = False
     computed: int = 0
     drafts: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
@@ -349,14 +371,14 @@ class Engine:
         try:
             lanes, hidden = self.forward(works, entry)
         except Broken:
-            self.forget_all()
+            self.waves.lose()
             lanes, hidden = self.forward(works, entry)
         for lane, work in zip(lanes, works, strict=True):
             self.verify(lane, work, hidden[lane.index])
         try:
             drafts = self.draft([lane for lane in lanes if lane.speculates], passes)
         except Broken:
-            self.forget_all()
+            self.waves.lose()
             drafts = {}
         self.machine.check_slots()
         for lane, work in zip(lanes, works, strict=True):
@@ -364,8 +386,10 @@ class Engine:
             assert len(proposed) <= self.passes
             assert not proposed or len(request.tokens) + len(proposed) <= self.machine.lanes[lane.index].limit
             assert request.stops.isdisjoint(proposed)
-            rows = self.waves.flight(request.name).rows
-            newest = (len(request.tokens) - 1, request.tokens[-1])
+            flight = self.waves.flight(request.name, request.loops, request.gated)
+            rows, newest = flight.rows, (len(request.tokens) - 1, request.tokens[-1])
+            trail = [row.position for row in flight.trail]
+            assert trail == list(range(newest[0] - len(trail), newest[0])), "the trail does not end at the newest token"
             assert not rows or (rows[0].position, rows[0].token) == newest, "the oldest row is not the newest token's"
             request.drafts = proposed
             request.passes += self.machine.lanes[lane.index].passes
@@ -373,30 +397,32 @@ class Engine:
     def forward(self, works: list[Work], entry: int) -> tuple[list[Lane], list[list[int]]]:
         """As `SelfSpeculation._wave_forward`. Returns, per lane, the prefixes of the hidden states vLLM would get."""
         waves, lanes, chunks, layout, where = self.waves, [], [], [], 0
-        self.machine.lanes, self.machine.chunk_depth = {}, 0
+        self.machine.lanes, self.machine.ran = {}, {}
         brief = not self.textbook  # every lane has settled drafts and rows for them
         for index, work in enumerate(works):
             request, start, count = work.request, work.request.computed, work.count
-            flight = waves.flight(request.name)
+            flight = waves.flight(request.name, request.loops, request.gated)
             tokens = (request.tokens + work.drafts)[: start + count]
             limit = min(len(request.table), request.prompt + request.longest - 1)
             claimed = 0
             if work.discarded:
-                waves.free += flight.clear()
+                waves.free += flight.ground()
             else:
                 known = len(work.drafts) + 1
                 claimed = waves.claim(flight, start + count - known, tokens[-known:])
                 flight.end, flight.stops = limit, request.stops
-            if claimed < count:
-                chunks.append(Chunk(index, start, count - claimed, where))
-            follows = not work.discarded and request.speculates
+            lead = 0 if flight.missing is None else start - flight.missing
+            if claimed < count or lead:
+                chunks.append(Chunk(index, start - lead, lead + count - claimed, where, request.loops, lead))
+            follows = not work.discarded and request.speculates and not (self.textbook and request.gated)
             lookup = Lookup(request.draft, request.prompt) if follows and (entry == 0 or request.draft) else None
             if lookup:
                 lookup.extend(request.tokens[: start + count])
             lanes.append(Lane(index, flight, follows, entry, lookup))
             layout += range(where + count - claimed, where + count)
             where += count
-            brief = brief and claimed == count and flight.waiting is None and bool(work.drafts) and work.own
+            settled = claimed == count and flight.waiting is None and not lead
+            brief = brief and settled and bool(work.drafts) and work.own
             self.machine.lanes[index] = View(
                 request.root,
                 self.text.path(request.root, tokens),
@@ -407,16 +433,21 @@ class Engine:
                 limit if follows else 0,
                 request.stops,
             )
+        chunks.sort(key=lambda chunk: -chunk.loops)
         took = waves.forward(lanes, chunks, follow=not self.textbook)
         assert took <= (1 if brief else self.text.loops)
 
         hidden: dict[int, int] = {}  # place among the step's tokens: prefix
         for chunk in chunks:
-            assert self.machine.chunk_depth == self.text.loops
-            path = self.machine.lanes[chunk.index].path[chunk.start : chunk.start + chunk.tokens]
-            hidden |= zip(range(chunk.where, chunk.where + chunk.tokens), path, strict=True)
-        kept = [self.machine.pool[row.slot] for lane in lanes for row in lane.flight.rows[: lane.flight.held]]
-        assert all(depth == self.text.loops for _, depth in kept), "a row that somebody waits for is not done"
+            assert self.machine.ran[chunk.index] == chunk.loops
+            path = self.machine.lanes[chunk.index].path[chunk.start + chunk.lead : chunk.start + chunk.tokens]
+            hidden |= zip(range(chunk.where, chunk.where + chunk.tokens - chunk.lead), path, strict=True)
+        kept = []
+        for lane in lanes:
+            for row in lane.flight.rows[: lane.flight.held]:
+                kept.append((self.machine.departed if row.exit else self.machine.pool)[row.slot])
+                decided = self.text.exit(kept[-1][0], lane.flight.loops, lane.flight.gated)
+                assert kept[-1][1] == decided, "a row that somebody waits for is not done"
         assert hidden.keys().isdisjoint(layout)
         hidden |= zip(layout, (prefix for prefix, _ in kept), strict=True)
         places = iter(range(where))
@@ -429,7 +460,10 @@ class Engine:
         if work.discarded:
             request.computed += work.count
             return
-        decided = [self.text.readout(prefix, self.text.loops) for prefix in hidden[-len(work.drafts) - 1 :]]
+        decided = [
+            self.text.readout(prefix, self.text.exit(prefix, request.loops, request.gated))
+            for prefix in hidden[-len(work.drafts) - 1 :]
+        ]
         accepted = 0
         while accepted < len(work.drafts) and work.drafts[accepted] == decided[accepted]:
             accepted += 1
@@ -437,17 +471,16 @@ class Engine:
             assert accepted == len(work.drafts), "a settled draft is not accepted"
         request.tokens += decided[: accepted + 1]
         request.computed = len(request.tokens) - 1
-        expected = self.text.plain(request.root, request.tokens[: request.prompt], request.longest, request.stops)
+        expected = self.text.plain(request)
         assert request.answer == expected[: len(request.answer)], "not what plain decoding answers"
 
         view.path = self.text.path(request.root, request.tokens)
         if lane.lookup is not None:
             lane.lookup.extend(request.tokens[len(lane.lookup.tokens) :])
         flight, position = view.flight, len(request.tokens) - 1
+        self.waves.restart(flight, position, request.tokens[-1])
         if request.tokens[-1] in flight.stops or position >= flight.end:
-            self.waves.free += flight.clear()
-        else:
-            self.waves.restart(flight, position, request.tokens[-1])
+            self.waves.free += flight.ground()
 
     def draft(self, lanes: list[Lane], passes: int) -> dict[int, list[int]]:
         """As `SelfSpeculation.take_draft_token_ids`."""
@@ -481,7 +514,8 @@ class Storm:
         self, dice: random.Random, loops: int, passes: int, textbook: bool = False, calm: bool = False
     ) -> None:
         self.dice, self.loops, self.passes, self.calm = dice, loops, passes, calm
-        text = Text(loops, dice.choice([2, 3, 7, 20]), dice.choice([0.0, 0.3, 0.7, 0.95, 1.0]), dice.randrange(1000))
+        agreement, leaving = dice.choice([0.0, 0.3, 0.7, 0.95, 1.0]), dice.choice([0.1, 0.4, 0.8, 1.0])
+        text = Text(loops, dice.choice([2, 3, 7, 20]), agreement, dice.randrange(1000), leaving)
         self.names = "abcd"[: dice.randint(1, 4)]
         self.engine = Engine(text, passes, len(self.names), textbook)
         self.live: dict[str, Request] = {}
@@ -530,12 +564,17 @@ class Storm:
         """A new request; some continue another's text and share its blocks, even those of this very step."""
         tokens = [self.token() for _ in range(self.dice.randint(1, 10))]
         stops, speculates = frozenset([STOP] if self.chance(0.4) else []), not self.chance(0.15)
-        request = Request(name, tokens, self.dice.randint(1, 30), stops=stops, speculates=speculates)
+        loops = self.dice.randint(1, self.loops) if self.chance(0.3) else self.loops
+        longest, gated = self.dice.randint(1, 30), loops > 1 and self.chance(0.4)
+        request = Request(name, tokens, longest, loops, stops=stops, speculates=speculates, gated=gated)
         if works and self.chance(0.3):
             work = self.dice.choice(works)
             other, common = work.request, self.dice.randint(1, len(work.request.tokens))
-            certain = min(common, other.computed + work.count, len(other.tokens))
-            request = replace(request, tokens=other.tokens[:common] + tokens, root=other.root)
+            certain = min(common, other.computed + work.count, len(other.tokens), self.published(other))
+            # Requests of another depth have other hashes.
+            gated = gated and other.loops > 1
+            tokens = other.tokens[:common] + tokens
+            request = replace(request, tokens=tokens, root=other.root, loops=other.loops, gated=gated)
             request.table = self.engine.memory.share(other.table, certain)
             request.computed = len(request.table)
         else:
@@ -547,9 +586,14 @@ class Storm:
                 request.draft[self.dice.randrange(len(request.draft))] = self.token()
         return request
 
+    def published(self, request: Request) -> int:
+        """How many of its positions others may read."""
+        return complete(request.loops, request.prompt, request.computed) if request.gated else len(request.tokens)
+
     def preempt(self, request: Request) -> None:
         """Its blocks go, save for some at the start that are found again when it resumes."""
-        kept = self.dice.randint(0, request.computed) // BLOCK * BLOCK if self.chance(0.5) else 0
+        found = min(request.computed, self.published(request))
+        kept = self.dice.randint(0, found) // BLOCK * BLOCK if self.chance(0.5) else 0
         self.engine.memory.shrink(request.table, kept)
         request.computed, request.drafts = kept, []
 
@@ -587,10 +631,11 @@ class Storm:
         request nothing is under way: its passes are R per token at most, without any constant.
         """
         for request in self.live.values():
-            rows = self.engine.waves.flight(request.name).rows
-            ready = sum(row.depth == self.loops for row in rows)
-            under_way = rows[ready].depth if ready < len(rows) else 0
-            assert request.passes <= self.loops * (len(request.answer) + ready) + under_way
+            flight = self.engine.waves.flight(request.name, request.loops, request.gated)
+            rows, undecided = flight.rows, [row for row in flight.rows if not flight.decided(row)]
+            ready = rows.index(undecided[0]) if undecided else len(rows)
+            under_way = undecided[0].depth if undecided else 0
+            assert request.passes <= request.loops * (len(request.answer) + ready) + under_way
             assert not (request.finished and rows)
 
 
@@ -620,7 +665,7 @@ def test_never_more_passes_than_plain_decoding(loops, passes, dice):
 
 def alone(text: Text, entry: int, passes: int, longest: int, textbook: bool = False) -> tuple[Engine, list[int]]:
     """Answers the prompt of the one token 1. Returns the engine, and how many drafts each step proposed."""
-    engine, request, drafts = Engine(text, passes, textbook=textbook), Request("a", [1], longest), []
+    engine, request, drafts = Engine(text, passes, textbook=textbook), Request("a", [1], longest, text.loops), []
     while not request.finished:
         engine.step([everything(request)], entry, passes)
         drafts.append(len(request.drafts))
@@ -699,7 +744,7 @@ def test_textbook_counts_no_agreement_at_loops_it_does_not_read():
 
 def test_textbook_goes_on_behind_drafts_that_were_not_scheduled():
     """Rows stay where their drafts were left out; what enters behind them keeps to the limits (see `standing`)."""
-    engine, request = Engine(Text(2, 7, 1.0, 3), 10, textbook=True), Request("a", [1], 30)
+    engine, request = Engine(Text(2, 7, 1.0, 3), 10, textbook=True), Request("a", [1], 30, 2)
     engine.step([replace(everything(request), ahead=0)], 1, 10)
     assert len(request.drafts) == BLOCK - 2
     engine.step([Work(request, 1, [])], 1, 10)
@@ -778,7 +823,7 @@ def test_a_lookup_finds_what_followed_the_longest_run_last(tokens, cut):
 def test_guesses_enter_together_and_the_readout_takes_out_the_wrong_ones():
     """Text of one word over and over, which a lookup guesses right: several rows enter per pass."""
     text = Text(4, 1, 1.0, 1)
-    engine, request = Engine(text, 8), Request("a", [0, 0, 0, 0], 40)
+    engine, request = Engine(text, 8), Request("a", [0, 0, 0, 0], 40, 4)
     while not request.finished:
         engine.step([everything(request)], 0, 8)
     counts = engine.waves.report()

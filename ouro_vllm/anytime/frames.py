@@ -38,7 +38,8 @@ class Watch:
             row = rows.get(place)
             if not self.decided and row and row.heard:
                 self.first = [row.heard[0], row.since]
-            self.decided.append(row.depth if row else None)
+            # Without a row it was computed plainly, after a failed pass or a preemption.
+            self.decided.append(row.exit or row.depth if row else None)
             if self.traced:
                 self.said.append(readouts(row) if row else [])
 

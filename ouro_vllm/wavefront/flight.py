@@ -9,6 +9,11 @@ Rows of a flight stand at consecutive positions, and of two neighbours the older
 run the same loop in the same pass, each layer writing before it reads). So whatever a row reads was written in an
 earlier pass or in this one, by the token that stands there now: when a token is replaced, it and all after it leave the
 flight, and their successors write anew before anything reads.
+
+Under the exit gate a row is decided at the loop where the gate lets it go, and its token may be committed there; its
+deeper loops are still run, because later positions read what they write. Committed rows with loops to run leave the
+front of the flight for its trail, which goes along one loop in every pass that the flight's rows are in, and thereby
+stays ahead of them. A trail is shorter than the flight has loops: its newest row has run one, the one before two.
 """
 
 from collections.abc import Sequence
@@ -30,6 +35,8 @@ class Row:
     said: (probability, the exit gate's lambda) of each readout, where somebody asked for them.
     memo: what the machine wants to remember as long as the row is there.
     guessed: its token came from a lookup, not from a readout.
+    exit: the loop whose readout the gate let decide, 0 before and without a gate; set by the machine.
+    staying: chance, by the gate, of not having left yet.
     """
 
     position: int
@@ -41,26 +48,52 @@ class Row:
     said: list[tuple[float, float]] = field(default_factory=list)
     memo: object = None
     guessed: bool = False
+    exit: int = 0
+    staying: float = 1.0
+
+
+def complete(loops: int, prompt: int, computed: int) -> int:
+    """How many positions of a request under the gate have surely run all loops once the step now scheduled is over.
+
+    prompt: its tokens; computed: positions that were committed before the step. Prompts run all loops in the step that
+    ends them, but for the last token, which is read and let go like others.
+    """
+    return max(prompt - 1, computed - loops + 1)
 
 
 class Flight:
     """The rows of one request, oldest first, at consecutive positions; none is deeper than the one before it.
 
     Attributes:
-        rows: what is under way.
+        loops: of this request, which may be fewer or more than others run.
+        gated: the exit gate decides, before the last loop if it can.
+        rows: what is under way and not committed, but for the oldest, which stands on the newest committed token.
+        trail: committed rows before those, still running their last loops.
+        missing: first committed position whose last loops were lost with the trail, None if there is none.
         waiting: (position, token) that will enter next and needs no readout; None once it has entered.
         end: positions from here on are not entered (allocated slots, length of the answer, length of the context).
         stops: tokens that end the answer; nothing enters behind one.
         held: leading rows that somebody waits for; they are not dropped, whatever is read.
     """
 
-    def __init__(self, loops: int) -> None:
-        self.loops = loops
+    def __init__(self, loops: int, gated: bool = False) -> None:
+        self.loops, self.gated = loops, gated
         self.rows: list[Row] = []
+        self.trail: list[Row] = []
+        self.missing: int | None = None
         self.waiting: tuple[int, int] | None = None
         self.end = 0
         self.stops: frozenset[int] = NOTHING
         self.held = 0
+
+    def decided(self, row: Row) -> bool:
+        """Whether the row's readout is final."""
+        return row.exit > 0 or row.depth == self.loops
+
+    @property
+    def pending(self) -> bool:
+        """Whether somebody waits for a row that is not decided."""
+        return self.waiting is not None or not all(map(self.decided, self.rows[: self.held]))
 
     def restart(self, position: int, token: int) -> list[int]:
         """The request's newest token stands at `position`: keep the rows from there on if they agree with it.
@@ -74,12 +107,27 @@ class Flight:
             left, self.rows = self.rows[:here], self.rows[here:]
         else:
             left, self.rows, self.waiting = self.rows, [], (position, token)
+        if self.gated:
+            trailing = [row for row in left if row.position < position and row.depth < self.loops]
+            self.trail += trailing
+            left = [row for row in left if row not in trailing]
+        return [row.slot for row in left]
+
+    def ground(self) -> list[int]:
+        """Whatever is not committed leaves, and nothing waits. Returns the slots."""
+        left, self.rows, self.waiting, self.held = self.rows, [], None, 0
         return [row.slot for row in left]
 
     def clear(self) -> list[int]:
         """Everything leaves. Returns the slots."""
-        left, self.rows, self.waiting, self.held = self.rows, [], None, 0
-        return [row.slot for row in left]
+        left, self.trail = self.trail, []
+        return [row.slot for row in left] + self.ground()
+
+    def sweep(self) -> list[int]:
+        """Rows of the trail that have run all loops leave. Returns the slots."""
+        done = [row.slot for row in self.trail if row.depth == self.loops]
+        self.trail = [row for row in self.trail if row.depth < self.loops]
+        return done
 
     def matching(self, position: int, tokens: Sequence[int]) -> int:
         """How many of `tokens`, from `position` on, stand in the oldest rows just so."""
@@ -107,7 +155,8 @@ class Flight:
         if not self.rows:
             return None
         newest = self.rows[-1]
-        if newest.depth < entry or not newest.heard or newest.position + 1 >= self.end:
+        early = newest.depth < entry and not self.decided(newest)
+        if early or not newest.heard or newest.position + 1 >= self.end:
             return None
         token = newest.heard[-1]
         return None if token in self.stops else (newest.position + 1, token)
@@ -136,13 +185,13 @@ class Flight:
         return []
 
     def settled(self, most: int) -> list[int]:
-        """Tokens behind the oldest that the last loop decided and whose own row lacks one loop at most.
+        """Tokens behind the oldest that are decided and whose own row is, too, or lacks one loop at most.
 
         Their rows cost the next forward one pass or none. At most `most` of them.
         """
         tokens = []
         for older, row in zip(self.rows, self.rows[1 : most + 1], strict=False):
-            if older.depth < self.loops or row.depth < self.loops - 1:
+            if not self.decided(older) or not (row.exit or row.depth >= self.loops - 1):
                 break
             tokens.append(row.token)
         return tokens

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ouro_vllm.exits import ExitPick
 from ouro_vllm.wavefront.flight import Row
 from ouro_vllm.wavefront.waves import Chunk
 
@@ -20,12 +21,19 @@ class Step:
     """What stays the same over all passes of an engine step.
 
     tables: block ids [R, B, W], int32, of loop r + 1, batch row b, block w.
-    chunk_ids: token ids [C] of all chunks, in their order; chunk_hidden: their hidden states [C, D] after a pass.
+    chunk_ids: token ids [C] of all chunks, in their order, deepest first; chunk_hidden: their hidden states [C, D]
+        after the passes they were in. exits: where the gate lets them go, if it is asked for any.
     """
 
     tables: torch.Tensor
     chunk_ids: torch.Tensor | None = None
     chunk_hidden: torch.Tensor | None = None
+    exits: ExitPick | None = None
+
+    @property
+    def chunks_read(self) -> torch.Tensor | None:
+        """Hidden states [C, D] that the chunks are read from."""
+        return self.chunk_hidden if self.exits is None else self.exits.hidden
 
 
 class Passes:
@@ -33,7 +41,7 @@ class Passes:
 
     embed: token ids [N] -> [N, D]. model: (positions [N], hidden [N, D], metadata, slots [N]) -> [N, D].
     metadata: vLLM's CommonAttentionMetadata -> what the attention backend reads.
-    choose: (hidden [M, D], M times (lane index, row)) -> tokens [M].
+    choose: (hidden [M, D], M times (lane index, row)) -> tokens [M]; sets `exit` of rows that the gate lets go.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Passes:
         self.block_size, self.device = block_size, device
         self.embed, self.model, self.choose = embed, model, choose
         self.pool = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
+        self.departed = torch.zeros_like(self.pool)  # of rows that the gate let go: what they were read from
         self.step: Step | None = None
 
     def run(
@@ -86,7 +95,8 @@ class Passes:
         if chunks:
             if loop == 1:
                 step.chunk_hidden = self.embed(step.chunk_ids)
-            hidden = torch.cat([hidden, step.chunk_hidden])
+            running = sum(chunk.tokens for chunk in chunks)  # of the first chunks; those behind are done
+            hidden = torch.cat([hidden, step.chunk_hidden[:running]])
             many = torch.tensor(counts, dtype=torch.int64)
             starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
             starts[1:] = many.cumsum(0)
@@ -117,12 +127,25 @@ class Passes:
         if rows:
             self.pool[slots] = output[: len(rows)]
         if chunks:
-            step.chunk_hidden = output[len(rows) :]
+            step.chunk_hidden[:running] = output[len(rows) :]
+            if step.exits is not None:
+                step.exits.take(loop, step.chunk_hidden[:running])
         if not read:
             return []
         seen = output if len(read) == output.shape[0] else output[torch.tensor(read).to(self.device)]
-        return self.choose(seen, [rows[number] for number in read])
+        tokens = self.choose(seen, [rows[number] for number in read])
+        gone = [number for number in read if rows[number][1].exit == rows[number][1].depth + 1]
+        if gone:
+            places = torch.tensor([[rows[number][1].slot for number in gone], gone]).to(self.device)
+            self.departed[places[0]] = output[places[1]]
+        return tokens
 
-    def kept(self, slots: Sequence[int]) -> torch.Tensor:
-        """Hidden states [len(slots), D] of rows."""
-        return self.pool[torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)]
+    def kept(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Hidden states [len(rows), D] that rows are read from: after the gate let them go, or else as they are now."""
+        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64).to(self.device, non_blocking=True)
+        hidden = self.pool[slots]
+        gone = [number for number, row in enumerate(rows) if row.exit]
+        if gone:
+            places = torch.tensor(gone).to(self.device)
+            hidden[places] = self.departed[slots[places]]
+        return hidden

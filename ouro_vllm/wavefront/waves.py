@@ -39,13 +39,17 @@ class Chunk:
     """Positions of one request that run all loops in lockstep: prompts, recomputation, what matches nothing kept.
 
     index: the request's row in the batch's block tables; start: first position; tokens: how many.
-    where: offset of the first of them among the step's scheduled tokens.
+    where: offset of the first scheduled one among the step's scheduled tokens.
+    loops: that the request runs.
+    lead: how many at the start are not scheduled but recomputed, because their last loops were lost.
     """
 
     index: int
     start: int
     tokens: int
     where: int
+    loops: int
+    lead: int = 0
 
 
 class Machine(Protocol):
@@ -56,7 +60,8 @@ class Machine(Protocol):
     ) -> list[int]:
         """One pass: each (lane index, row) runs loop row.depth + 1, the chunks run `loop`.
 
-        Returns the readouts, as tokens, of the rows numbered in `read`.
+        Returns the readouts, as tokens, of the rows numbered in `read`. Where the gate of a row's request lets it go
+        after this loop, sets the row's `exit` to it, and keeps the hidden state that was read.
         """
 
 
@@ -69,10 +74,10 @@ class Counts:
     rows: int = 0
     dropped: int = 0  # rows that left because a deeper readout disagreed with their token
     restarts: int = 0  # times that followers left because a deeper readout disagreed
-    finished: int = 0  # rows that ran all loops, after which their next token is known
+    finished: int = 0  # rows that were decided: by their last loop, or by the gate before it
     guesses: int = 0  # rows that entered on a lookup
     hits: int = 0  # of the finished: entered on a lookup
-    agreed: list[int] = field(default_factory=list)  # of the finished: readout at loop r + 1 was that of the last loop
+    agreed: list[int] = field(default_factory=list)  # of the finished: readout at loop r + 1 was the one that decided
     judged: list[int] = field(default_factory=list)  # of the finished: there was a readout at loop r + 1
     settled: list[int] = field(default_factory=list)  # of the finished and read at every loop: settled by loop r + 1
     seconds: float = 0.0  # in passes
@@ -100,7 +105,7 @@ class Waves:
     def __init__(self, loops: int, passes: int, requests: int, machine: Machine) -> None:
         """loops: R. passes: most per burst. requests: most that are under way at once."""
         self.loops, self.machine = loops, machine
-        self.most = passes + loops  # rows per flight: what a burst can settle, and what is in flight behind
+        self.most = passes + loops  # rows per flight: what a burst can settle, and what is in flight around it
         self.flights: dict[str, Flight] = {}
         self.free = list(range(slots_needed(loops, passes, requests)))
         self.counts = self._fresh()
@@ -113,10 +118,10 @@ class Waves:
         counts, self.counts = self.counts, self._fresh()
         return counts
 
-    def flight(self, request: str) -> Flight:
-        """The request's flight, a new one if it has none."""
+    def flight(self, request: str, loops: int = 0, gated: bool = False) -> Flight:
+        """The request's flight, a new one if it has none: of `loops` loops, 0 for R, with or without the gate."""
         if request not in self.flights:
-            self.flights[request] = Flight(self.loops)
+            self.flights[request] = Flight(loops or self.loops, gated)
         return self.flights[request]
 
     def forget(self, request: str) -> None:
@@ -124,6 +129,16 @@ class Waves:
         flight = self.flights.pop(request, None)
         if flight:
             self.free += flight.clear()
+
+    def lose(self) -> None:
+        """A pass failed: nothing under way can be relied on. vLLM schedules anew what is not committed; of what is,
+        each flight remembers where its last loops are missing."""
+        for request, flight in list(self.flights.items()):
+            missing = flight.trail[0].position if flight.missing is None and flight.trail else flight.missing
+            self.free += flight.clear()
+            flight.missing = missing
+            if missing is None:
+                del self.flights[request]
 
     def restart(self, flight: Flight, position: int, token: int) -> None:
         """The request's newest committed token."""
@@ -145,20 +160,17 @@ class Waves:
         return kept
 
     def forward(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], follow: bool = True) -> int:
-        """Bring every held row to the last loop, and the chunks through all loops. Returns the passes it took.
+        """Bring every held row to where it is decided, and the chunks through all their loops. Returns the passes.
 
-        Rows behind the held ones come along, and new ones enter, if `follow`.
+        Rows behind the held ones come along, and new ones enter, if `follow`. chunks: deepest first.
         """
-        needed = self.loops if chunks else 0
+        deepest, loop = max((chunk.loops for chunk in chunks), default=0), 0
+        while loop < deepest or any(lane.flight.pending for lane in lanes):
+            loop += 1
+            self._one(lanes, [chunk for chunk in chunks if chunk.loops >= loop], loop, follow)
         for lane in lanes:
-            flight = lane.flight
-            if flight.waiting is not None:
-                needed = self.loops
-            elif flight.held:
-                needed = max(needed, self.loops - flight.rows[flight.held - 1].depth)
-        for loop in range(1, needed + 1):
-            self._one(lanes, chunks, loop, follow)
-        return needed
+            lane.flight.missing = None
+        return loop
 
     def burst(self, lanes: Sequence[Lane], passes: int) -> int:
         """Up to `passes` passes with no one waiting. Returns how many had anything to do."""
@@ -190,26 +202,34 @@ class Waves:
         """One pass of everything that has loops to run. Returns whether there was anything."""
         rows: list[tuple[Lane, Row]] = []
         read: list[int] = []
+        busy = bool(chunks)
         for lane in lanes:
-            flight, entry, speculates = lane.flight, lane.entry, lane.speculates and follow
+            flight, speculates = lane.flight, lane.speculates and follow
+            entry = min(lane.entry, flight.loops)
             if flight.waiting is not None or speculates:
                 boarding = flight.boarding(entry)
-                if boarding and (flight.waiting is not None or len(flight.rows) < self.most):
+                under_way = len(flight.trail) + len(flight.rows)
+                if boarding and (flight.waiting is not None or under_way < self.most):
                     flight.board(self.free.pop(), *boarding)
-            if speculates and lane.lookup is not None:
+            # Not under the gate: rows that enter together could all be committed at loop 1, and trail without bound.
+            if speculates and lane.lookup is not None and not flight.gated:
                 self._guess(flight, lane.lookup, by_text=entry == 0)
+            rows += [(lane, row) for row in flight.trail]
             last = len(flight.rows) - 1
             for index, row in enumerate(flight.rows):
-                if row.depth == self.loops:
+                if row.depth == flight.loops:
                     continue
-                # A row once read is read to the end: what its loops said is then comparable.
-                if speculates and (index < last or row.depth + 1 >= entry or row.heard or lane.traced):
+                busy = True
+                # A row once read is read until it is decided: what its loops said is then comparable.
+                wanted = speculates and (index < last or row.depth + 1 >= entry or row.heard or lane.traced)
+                if not row.exit and (wanted or flight.gated):
                     read.append(len(rows))
                 rows.append((lane, row))
-        if not rows and not chunks:
+        if not busy:  # a trail alone is in no hurry
             return False
         self._run(rows, read, chunks, loop)
         for lane in lanes:
+            self.free += lane.flight.sweep()
             left = lane.flight.review()
             if left:
                 self.counts.restarts += 1
@@ -253,9 +273,9 @@ class Waves:
             counts.passes += 1
             counts.rows += len(rows)
             counts.lane_passes += len({lane.index for lane, _ in rows})
-        for _, row in rows:
+        for lane, row in rows:
             row.depth += 1
-            if row.depth == self.loops:
+            if row.exit == row.depth or (not row.exit and row.depth == lane.flight.loops):
                 self._finished(row)
 
     def _finished(self, row: Row) -> None:
@@ -263,14 +283,14 @@ class Waves:
         counts.finished += 1
         counts.hits += row.guessed
         first = row.since - 1
-        if first + len(heard) != self.loops:  # not read up to the last loop: textbook drafts
+        if first + len(heard) != row.depth:  # not read up to the last loop: textbook drafts
             return
         final = heard[-1]
         for offset, token in enumerate(heard):
             counts.judged[first + offset] += 1
             counts.agreed[first + offset] += token == final
         if first == 0:
-            depth = self.loops - 1
+            depth = row.depth - 1
             while depth and heard[depth - 1] == final:
                 depth -= 1
             counts.settled[depth] += 1
