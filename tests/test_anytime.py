@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from http import HTTPStatus
 from types import SimpleNamespace
 
 import pytest
@@ -125,26 +126,26 @@ def test_a_text_that_lags_is_told_apart_into_its_tokens(ids, lag):
 
 
 class Slow:
-    """What a client should know, by the words of the protocol: lists of (token, piece), rebuilt at every event."""
+    """What a client should know, by the words of the protocol: lists rebuilt at every event."""
 
     def __init__(self) -> None:
-        self.final, self.tail, self.lost = [], [], 0
+        self.final, self.tail, self.text, self.lost = [], [], "", 0
 
     def feed(self, event) -> None:
         if event["type"] not in ("commit", "provisional"):
             return
-        new = list(zip(event["token_ids"], event["pieces"], strict=True))
-        before, now = [token for token, _ in self.tail], [token for token, _ in new]
+        before, now = self.tail, event["token_ids"]
+        wrong = [n for n in range(len(before)) if n >= len(now) or before[n] != now[n]]
         if event["type"] == "provisional":
-            self.lost += next((len(before) - n for n in range(len(before)) if before[n : n + 1] != now[n : n + 1]), 0)
-            self.tail = new
+            self.lost += len(before) - wrong[0] if wrong else 0
+            self.tail, self.text = now, event["text"]
             return
-        self.final += new
-        if before[: len(now)] == now:
-            self.tail = self.tail[len(now) :]
+        self.final = self.final + now
+        if before[: len(now)] == now and self.text.startswith(event["text"]):
+            self.tail, self.text = before[len(now) :], self.text[len(event["text"]) :]
         else:
-            self.lost += next((len(before) - n for n in range(len(before)) if before[n : n + 1] != now[n : n + 1]), 0)
-            self.tail = []
+            self.lost += len(before) - wrong[0] if wrong else 0
+            self.tail, self.text = [], ""
 
 
 def frame_for(dice: random.Random, known: list[int], answer: list[int], trace: bool) -> dict | None:
@@ -216,8 +217,11 @@ def test_events_reduce_to_the_answer_whatever_was_provisional(answer, stopping, 
         slow.feed(event)
         assert client.committed.startswith(before), "what was committed has changed"
         before = client.committed
-        assert client.token_ids == [token for token, _ in slow.final]
-        assert client.tail_ids == [token for token, _ in slow.tail]
+        assert client.token_ids == slow.final
+        assert (client.tail_ids, client.provisional if client.tail_ids else "") == (
+            slow.tail,
+            slow.text if slow.tail else "",
+        )
         assert "".join(client.tail_pieces) == client.provisional and "".join(client.pieces) == client.committed
         assert len(client.pieces) == len(client.token_ids) == len(client.depth)
         assert len(client.tail_pieces) == len(client.tail_ids) == len(client.tail_depth)
@@ -577,7 +581,9 @@ def test_refusals_come_as_a_status(post):
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
     from vllm.exceptions import VLLMValidationError
 
-    refused = post(Service(create_error_response("no such model", "NotFoundError", 404)), {"prompt": "x"})
+    refused = post(
+        Service(create_error_response("no such model", "NotFoundError", HTTPStatus.NOT_FOUND)), {"prompt": "x"}
+    )
     assert refused.status_code == 404 and refused.json()["error"]["message"] == "no such model"
     late = post(Service([VLLMValidationError("bad", parameter="x")]), {"prompt": "x"})
     assert late.status_code == 400 and late.json()["error"]["message"].startswith("bad")

@@ -3,8 +3,9 @@
 The answer is a stream of server-sent events, each one JSON object. `index` counts the answer's tokens from 0.
     provisional: from token `index` on, these tokens are now the tail; whatever was there is gone. `complete`: it is a
         whole answer. `depth`: loops behind each of them, 0 for a guess from the request's own text.
-    commit: these tokens are final. They take the place of the first tokens of the tail; if they are the same, what is
-        behind them stands, otherwise the tail is gone. `depth`: the loop that decided each, null where it is not known.
+    commit: these tokens are final. They take the place of the first tokens of the tail; if they are the same tokens,
+        and the tail's text begins with theirs, what is behind them stands, otherwise the tail is gone. `depth`: the
+        loop that decided each, null where it is not known.
     trace: what each loop read out for one committed token, with its probability and the exit gate's lambda.
     done: the last one, `[DONE]` behind it. What is provisional then stays so: the best answer at a deadline.
     error: in place of done.
