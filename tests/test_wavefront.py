@@ -581,7 +581,7 @@ class Storm:
             self.roots += 1
             request.root = self.engine.text.after(0, -self.roots)
         if self.chance(0.3):
-            request.draft = self.engine.text.plain(request.root, request.tokens, request.longest, frozenset())
+            request.draft = self.engine.text.plain(replace(request, stops=frozenset()))
             for _ in range(self.dice.randint(0, 3)):
                 request.draft[self.dice.randrange(len(request.draft))] = self.token()
         return request
@@ -834,11 +834,11 @@ def test_guesses_enter_together_and_the_readout_takes_out_the_wrong_ones():
 @pytest.mark.parametrize("entry", range(5))
 def test_a_right_draft_is_verified_several_tokens_per_pass(entry):
     text = Text(4, 20, 0.7, 5)
-    engine, request = Engine(text, 12), Request("a", [1], 60)
-    request.draft = text.plain(0, [1], 60, frozenset())
+    engine, request = Engine(text, 12), Request("a", [1], 60, 4)
+    request.draft = text.plain(request)
     while not request.finished:
         engine.step([everything(request)], entry, 12)
-    apart, again = Engine(text, 12), Request("a", [1], 60)
+    apart, again = Engine(text, 12), Request("a", [1], 60, 4)
     while not again.finished:
         apart.step([everything(again)], entry, 12)
     assert request.answer == again.answer
