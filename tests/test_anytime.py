@@ -278,6 +278,31 @@ def test_a_draft_is_taken_up_again_where_the_answer_comes_back_to_it():
     assert remainder([1, 2, 3, 4, 5], [9, 8, 7, 6]) == []
 
 
+def test_a_reader_that_is_late_gets_all_commits_in_one_and_the_newest_tail():
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    queue, watch, count = RequestOutputCollector(RequestOutputKind.DELTA, "x"), Watch(traced=True), 200
+    for number in range(count):
+        watch.commit(flying((1, [2, number % 2])), 6, 1)
+        frame = watch.frame(flying((3, [0, 1])), 5, number + 1)
+        new = CompletionOutput(0, "a", [0], None, None)
+        queue.put(RequestOutput("x", None, [], None, [new], False, kv_transfer_params={"ouro": frame}))
+    merged = queue.get_nowait()
+    assert queue.get_nowait() is None
+    transcript = Transcript(decode, [], [], True)
+    events = transcript.told(
+        merged.outputs[0].token_ids, merged.outputs[0].text, merged.kv_transfer_params["ouro"], False
+    )
+    kinds = [event["type"] for event in events]
+    assert kinds == ["provisional", "commit", *["trace"] * HISTORY, "provisional"]
+    assert events[1]["text"] == "a" * count
+    assert events[1]["depth"] == [None] * (count - HISTORY) + [2] * HISTORY
+    assert [event["index"] for event in events[2:-1]] == list(range(count - HISTORY, count))
+    assert (events[-1]["token_ids"], events[-1]["depth"]) == ([1], [2])
+
+
 def test_lost_events_are_noticed():
     with pytest.raises(ValueError, match="a commit at token 3, 0 being committed: events lost"):
         Answer().feed(protocol.commit(3, [1], "a", ["a"], [4]))

@@ -1,11 +1,13 @@
 """Anytime on the real server: events against the plain endpoint, hang-ups, the terminal, the page, the examples."""
 
 import asyncio
+import http.client
 import json
 import os
 import pty
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -212,14 +214,21 @@ def test_sixty_four_clients_that_hang_up_leave_nothing_behind(server):
 
 
 def test_a_client_that_does_not_read_slows_nobody_and_gets_everything(server):
-    body = {**GREEDY, "prompt": PROMPT, "max_tokens": 3000, "anytime": {"trace": True}}
-    with requests.post(f"{server}/v1/anytime/completions", json=body, stream=True, timeout=300) as stream:
+    body = {**GREEDY, "prompt": PROMPT, "max_tokens": 1000, "anytime": {"trace": True}}
+    host, port = server.removeprefix("http://").split(":")
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # so that little is on its way unread
+        slow.connect((host, int(port)))
+        connection = http.client.HTTPConnection(host)
+        connection.sock = slow
+        connection.request("POST", "/v1/anytime/completions", json.dumps(body), {"Content-Type": "application/json"})
         until(lambda: gauge(server, "vllm:num_requests_running") == 1, 60)
         other = {**GREEDY, "prompt": PROMPTS[1]}
         checked(ask(server, other), plain(server, other))
         idle(server)  # the engine is done, the client has read nothing
-        lines = stream.content.decode().split("\n")
-    checked([event for line in lines if (event := protocol.decoded(line))], plain(server, body))
+        lines = connection.getresponse().read().decode().split("\n")
+    events = [event for line in lines if (event := protocol.decoded(line))]
+    checked(events, plain(server, body))
 
 
 # Programs.

@@ -833,7 +833,7 @@ def test_guesses_enter_together_and_the_readout_takes_out_the_wrong_ones():
 
 @pytest.mark.parametrize("entry", range(5))
 def test_a_right_draft_is_verified_several_tokens_per_pass(entry):
-    text = Text(4, 20, 0.7, 5)
+    text = Text(4, 20, 1.0, 5)  # early readouts do not contradict it
     engine, request = Engine(text, 12), Request("a", [1], 60, 4)
     request.draft = text.plain(request)
     while not request.finished:
@@ -842,7 +842,7 @@ def test_a_right_draft_is_verified_several_tokens_per_pass(entry):
     while not again.finished:
         apart.step([everything(again)], entry, 12)
     assert request.answer == again.answer
-    assert request.passes < (0.6 if entry < 4 else 1.0) * again.passes
+    assert request.passes < 0.6 * again.passes
     assert engine.waves.counts.guesses == 0 or entry == 0  # drafts are not counted as lookups
 
 
