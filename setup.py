@@ -8,7 +8,14 @@ setup(
     description="vLLM plugin for looped language models (ByteDance's Ouro)",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["ouro_vllm", "ouro_vllm.anytime", "ouro_vllm.bench", "ouro_vllm.kernels", "ouro_vllm.wavefront"],
+    packages=[
+        "ouro_vllm",
+        "ouro_vllm.anytime",
+        "ouro_vllm.bench",
+        "ouro_vllm.evaluation",
+        "ouro_vllm.kernels",
+        "ouro_vllm.wavefront",
+    ],
     package_dir={"ouro_vllm.kernels": "kernels"},
     package_data={"ouro_vllm.anytime": ["page.html"]},
     extras_require={

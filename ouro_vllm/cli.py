@@ -6,6 +6,7 @@ For each subcommand one function adds its arguments and one runs it; what is hea
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ouro_vllm import __version__
 from ouro_vllm.bench.modes import BASE, MODES
@@ -198,11 +199,37 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--json", type=Path, help="file for every single measurement")
     command.add_argument("--png", type=Path, help="file for a plot; needs the extra `bench`")
     command.add_argument("--readme", type=Path, help="file that takes the table between its marks")
-    command.add_argument("--mark", default="bench", help="they are <!-- MARK --> and <!-- /MARK --> (default: bench)")
+    command.add_argument(
+        "--mark", help="they are <!-- MARK --> and <!-- /MARK --> (default: bench, with --exit bench-exit)"
+    )
     command.add_argument(
         "--from", dest="source", type=Path, help="report what an earlier --json holds, measure nothing"
     )
+    exits = command.add_argument_group(
+        "--exit", "quality and speed by depth: fixed depths, the exit gate, and for quality two rivals of the gate"
+    )
+    exits.add_argument("--exit", action="store_true", help="this instead; --batch is the smallest one given")
+    exits.add_argument(
+        "--thresholds",
+        type=shares,
+        default=[0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95],
+        help="q of the gate (default: 0.2,0.35,0.5,0.65,0.8,0.9,0.95)",
+    )
+    exits.add_argument("--text", type=Path, help="held-out text (default: the bundled checkpoint's)")
+    exits.add_argument("--text-tokens", type=positive, default=50_000, help="most of it (default: %(default)s)")
+    exits.add_argument("--sums", type=positive, default=300, help="expressions per size (default: %(default)s)")
     command.set_defaults(run=run_bench, hands_on=False)
+
+
+def shares(text: str) -> list[float]:
+    """`0.5,0.9` -> both. Raises what argparse reports on anything but numbers above 0 and below 1."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < share < 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers above 0 and below 1")
+    return found
 
 
 def positive(text: str) -> int:
@@ -234,16 +261,37 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.folder and args.model:
         print("Name the model once: as the argument or with --model.", file=sys.stderr)
         return 1
-    results = run.Results(args.json, args.png, args.readme, args.mark)
+    mark = args.mark or ("bench-exit" if args.exit else "bench")
+    results = run.Results(args.json, args.png, args.readme, mark)
+    if args.exit:
+        return run_exits(args, results)
     if args.source is not None:
         return run.redraw(args.source, args.flat_rows, results)
-    plan = run.Plan(
+    return run.main(plan_of(args, args.modes, args.batch), results)
+
+
+def run_exits(args: argparse.Namespace, results: Any) -> int:
+    from ouro_vllm.evaluation import exits
+
+    if args.source is not None:
+        print("--exit measures anew: leave out --from.", file=sys.stderr)
+        return 1
+    speed = plan_of(args, [BASE, "wavefront"], args.batch[:1])
+    plan = exits.Plan(speed, args.text, args.text_tokens, args.sums, args.thresholds)
+    return exits.main(plan, results)
+
+
+def plan_of(args: argparse.Namespace, compared: list[str], sizes: list[int]) -> Any:
+    """The `bench.run.Plan` of these arguments, modes and batch sizes."""
+    from ouro_vllm.bench import run
+
+    return run.Plan(
         model=args.model or args.folder or str(BUNDLED_MODEL),
-        batches=args.batch,
-        **{name: getattr(args, name) for name in ("prompts", "modes", "rounds", "tokens", "turns", "passes", "drafts")},
+        batches=sizes,
+        modes=compared,
+        **{name: getattr(args, name) for name in ("prompts", "rounds", "tokens", "turns", "passes", "drafts")},
         **{name: getattr(args, name) for name in ("dtype", "sampled", "flat_rows")},
     )
-    return run.main(plan, results)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class DepthFigures:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self.ouro = OuroOptions.of(vllm_config)
-        self.exits = [0] * self.ouro.max_loops  # tokens by the loop they were read after, since the last report
+        self.read = [0] * self.ouro.max_loops  # tokens by the loop they were read after
+        self.reported = list(self.read)
 
     def add_request(self, request: Any) -> None:
         """As vLLM does, with a tally on the request (vLLM's v1 Request)."""
@@ -59,13 +60,16 @@ class DepthFigures:
                 tally.tokens += count
                 tally.loops += sum(loops)
                 for loop in loops:
-                    self.exits[loop - 1] += 1
+                    self.read[loop - 1] += 1
         for client in outputs.values():
-            if client.scheduler_stats is not None and any(self.exits):
+            if client.scheduler_stats is not None and self.read != self.reported:
                 carried = client.scheduler_stats.kv_connector_stats or {}
-                ours = {**carried.get(PLUGIN, {}), "exits": self.exits}
+                ours = {
+                    **carried.get(PLUGIN, {}),
+                    "exits": [new - old for new, old in zip(self.read, self.reported, strict=True)],
+                }
                 client.scheduler_stats.kv_connector_stats = {**carried, PLUGIN: ours}
-                self.exits = [0] * self.ouro.max_loops
+                self.reported = list(self.read)
                 break
         return outputs
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import CONFIG
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ouro_vllm.config import OuroConfig, check
 from ouro_vllm.hooks import refuse_old_vllm
-from ouro_vllm.options import MOST_LOOPS, Depth, OptionError, OuroOptions, RequestOptions, salt
+from ouro_vllm.options import MOST_LOOPS, Depth, OptionError, OuroOptions, RequestOptions, refuse_depth, salt
 
 
 def test_defaults_follow_the_checkpoint():
@@ -226,6 +227,23 @@ def test_a_requests_depth(asked, server, depth):
 def test_a_requests_wrong_depth_is_named(asked, named):
     with pytest.raises(OptionError, match=named):
         RequestOptions.parse(asked).depth(SERVER)
+
+
+@pytest.mark.parametrize(
+    ("worker", "v2", "named"),
+    [
+        ("ouro_vllm.workers.OuroCPUWorker", False, None),
+        ("ouro_vllm.workers.OuroGPUWorker", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("vllm.v1.worker.gpu_worker.Worker", False, "without --worker-cls"),
+    ],
+)
+def test_depth_is_refused_where_the_runner_is_not_ours(worker, v2, named):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=worker), use_v2_model_runner=v2)
+    if named is None:
+        refuse_depth(config)
+    else:
+        with pytest.raises(OptionError, match=named):
+            refuse_depth(config)
 
 
 def test_salts_tell_depths_apart_and_nothing_else():

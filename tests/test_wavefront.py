@@ -879,6 +879,30 @@ def test_settled_are_the_tokens_decided_whose_rows_lack_one_loop_at_most():
     assert flight.unsettled(9) == [2, 3, 4]
 
 
+def test_committed_rows_under_the_gate_trail_until_their_last_loop():
+    flight = Flight(3, gated=True)
+    for slot, depth in enumerate((3, 2, 1, 1)):
+        row = flight.board(slot, 5 + slot, slot)
+        row.depth = depth
+    flight.held = 3
+    assert flight.restart(8, 3) == [0]  # done: it leaves at once
+    assert [row.position for row in flight.trail] == [6, 7]
+    assert [row.position for row in flight.rows] == [8]
+    flight.trail[0].depth = 3
+    assert flight.sweep() == [1]
+    assert flight.ground() == [3]
+    assert [row.position for row in flight.trail] == [7]
+    assert flight.clear() == [2]
+
+
+def test_decided_rows_do_not_keep_a_burst_going():
+    machine = Machine(Text(4, 7, 1.0, 3), Memory(4))
+    waves, flight = Waves(4, 4, 1, machine), Flight(4, gated=True)
+    flight.board(0, 5, 1).depth = 2
+    flight.rows[0].exit, flight.rows[0].heard, flight.end = 1, [3], 6
+    assert waves.burst([Lane(0, flight)], 4) == 0
+
+
 def test_held_rows_are_not_dropped_until_a_burst():
     flight = flying(4, 1, 2, 3, 4)
     for row in flight.rows:

@@ -153,14 +153,17 @@ class Engine:
             self.runner._model_forward = timed
         self.core.post_step = noted
 
-    def measure(self, batch: int, requests: int, temperature: float) -> dict[str, Any]:
+    def measure(
+        self, batch: int, requests: int, temperature: float, extra_args: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Answer that many requests, never more than `batch` at once, a new one as soon as one is done.
 
         Request i has prompt i, starting over when they are used up, and seed i. Detokenisation, which a server does in
-        another process, is left out.
+        another process, is left out. extra_args: `vllm_xargs` of all requests.
 
         Returns:
-            {"measurement": a Measurement, "outputs": token ids per request}.
+            {"measurement": a Measurement, "outputs": token ids per request, "read": tokens by the loop, from the first,
+            that they were read after}.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -169,6 +172,7 @@ class Engine:
             SamplingParams(
                 temperature=temperature,
                 seed=number,
+                extra_args=extra_args,
                 max_tokens=self.tokens,
                 ignore_eos=True,
                 detokenize=False,
@@ -186,6 +190,7 @@ class Engine:
 
         self.runs += 1
         gc.collect()
+        read = list(self.core.scheduler.read)
         before, began = self._counted(), perf_counter()
         outputs, waits = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, batch, stepped)
         seconds = perf_counter() - began
@@ -197,7 +202,8 @@ class Engine:
             entries=dict(entries),
             **self._between(before, self._counted(), sum(map(len, outputs))),
         )
-        return {"measurement": as_json(measurement), "outputs": outputs}
+        read = difference(self.core.scheduler.read, read)
+        return {"measurement": as_json(measurement), "outputs": outputs, "read": read}
 
     def _counted(self) -> Any:
         """Sums since the engine's start."""

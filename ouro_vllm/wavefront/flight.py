@@ -107,11 +107,13 @@ class Flight:
             left, self.rows = self.rows[:here], self.rows[here:]
         else:
             left, self.rows, self.waiting = self.rows, [], (position, token)
-        if self.gated:
-            trailing = [row for row in left if row.position < position and row.depth < self.loops]
-            self.trail += trailing
-            left = [row for row in left if row not in trailing]
-        return [row.slot for row in left]
+        done = []
+        for row in left:
+            if self.gated and row.position < position and row.depth < self.loops:
+                self.trail.append(row)
+            else:
+                done.append(row.slot)
+        return done
 
     def ground(self) -> list[int]:
         """Whatever is not committed leaves, and nothing waits. Returns the slots."""

@@ -219,13 +219,13 @@ class Waves:
             for index, row in enumerate(flight.rows):
                 if row.depth == flight.loops:
                     continue
-                busy = True
+                busy = busy or not row.exit
                 # A row once read is read until it is decided: what its loops said is then comparable.
                 wanted = speculates and (index < last or row.depth + 1 >= entry or row.heard or lane.traced)
                 if not row.exit and (wanted or flight.gated):
                     read.append(len(rows))
                 rows.append((lane, row))
-        if not busy:  # a trail alone is in no hurry
+        if not busy:  # rows that are decided are in no hurry: their last loops are run with those of others
             return False
         self._run(rows, read, chunks, loop)
         for lane in lanes:

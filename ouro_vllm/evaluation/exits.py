@@ -1,0 +1,137 @@
+"""`ouro-vllm bench --exit`: quality and speed against mean depth, of fixed depths, the exit gate and two rivals.
+
+Quality comes from a forward over held-out text and arithmetic that runs all loops (`policies`); speed from vLLM, for
+what it serves: fixed depths and the gate, plainly and under self-speculation.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ouro_vllm import __version__
+from ouro_vllm.bench import run
+from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, BenchError, Child, stop_all
+from ouro_vllm.bench.report import into_readme
+from ouro_vllm.evaluation import curve
+from ouro_vllm.evaluation.data import DataError, held_out, sizes, sums
+from ouro_vllm.evaluation.policies import FIXED, GATE
+
+FLAGS = {FIXED: "ouro_loops", GATE: "ouro_exit_threshold"}  # what a request says to be served so
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    speed: of which model, for how long, at which batch size (the first), in which modes of `bench.modes`.
+    text: file to measure the loss on, None for the bundled checkpoint's. text_tokens: most of it.
+    sums: expressions per size. thresholds: q of the gate.
+    """
+
+    speed: run.Plan
+    text: Path | None
+    text_tokens: int
+    sums: int
+    thresholds: list[float]
+
+
+def main(plan: Plan, results: run.Results) -> int:
+    """Measure, print and write. Returns the exit status: 1 after saying what is wrong."""
+    try:
+        run.check(results)
+        prompts = run.read_prompts(plan.speed)
+        run.make_folders(results)
+        figures = qualities(plan)
+        run.save(figures, results.json)
+        speeds(plan, prompts, figures)
+    except (BenchError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    run.save(figures, results.json)
+    print(curve.text(figures))
+    if results.readme is not None:
+        into_readme(results.readme, results.mark, curve.for_readme(figures))
+    if results.png is not None:
+        curve.draw(figures, results.png)
+    return 0
+
+
+def qualities(plan: Plan) -> dict[str, Any]:
+    """Loss and accuracy of every policy at every setting."""
+    from tokenizers import Tokenizer
+
+    from ouro_vllm.evaluation.forward import Forward
+    from ouro_vllm.evaluation.policies import quality, score_sums, score_text, settings
+
+    folder = Path(plan.speed.model)
+    if not (folder / "tokenizer.json").is_file():
+        raise BenchError(f"{folder} holds no tokenizer.json: --exit needs a checkpoint's folder.")
+    forward, tokenizer = Forward(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    loops = forward.config.total_ut_steps
+    text = score_text(forward, held_out(tokenizer, plan.text, plan.text_tokens), loops)
+    print(f"held-out text: {text.loss.shape[1]} tokens read", flush=True)
+    scored, chances = {}, {}
+    for operators in sizes():
+        found = sums(tokenizer, operators, plan.sums)
+        scored[operators], chances[str(operators)] = score_sums(forward, found, loops), found.chance
+    print(f"arithmetic: {plan.sums} expressions of each of {len(scored)} sizes read", flush=True)
+    return {
+        "model": folder.name,
+        "loops": loops,
+        "text_tokens": text.loss.shape[1],
+        "sums": plan.sums,
+        "chance": chances,
+        "ouro_vllm": __version__,
+        "policies": [quality(text, scored, *setting) for setting in settings(text, plan.thresholds)],
+    }
+
+
+def speeds(plan: Plan, prompts: list[str], figures: dict[str, Any]) -> None:
+    """Adds to each served setting what vLLM does with it: {mode: {"rates": tokens/s per round, "mean_depth", ...}}.
+
+    All settings in turn in each round; the round that warms up is not among them.
+
+    Raises:
+        BenchError: an engine did not start, failed or died.
+    """
+    speed, children = plan.speed, {}
+    batch = speed.batches[0]
+    served = [one for one in figures["policies"] if one["policy"] in FLAGS]
+    with tempfile.TemporaryDirectory(prefix="ouro-vllm-bench-") as folder:
+        try:
+            for mode in speed.modes:
+                print(f"{mode}: starting ...", flush=True)
+                children[mode] = Child(mode, WORKER, run.child_environment(), Path(folder, f"{mode}.log"))
+                facts = children[mode].ask({"start": run.start_message(speed, mode, prompts)})
+            figures |= {name: facts[name] for name in ("vllm", "torch", "device", "threads")}
+            figures |= {"dtype": speed.dtype, "batch": batch, "tokens": speed.tokens, "rounds": speed.rounds}
+            for one in served:
+                one["speed"] = {mode: {"rates": []} for mode in speed.modes}
+            for number in range(speed.rounds + 1):
+                for one in served:
+                    for mode, child in children.items():
+                        measure(speed, batch, child, one, one["speed"][mode], warm_up=number == 0)
+                print(f"round {number} of {speed.rounds} done", flush=True)
+        finally:
+            stop_all(children.values(), GRACE_SECONDS)
+    for one in served:
+        for found in one["speed"].values():
+            found["median"] = median(found["rates"])
+
+
+def measure(
+    speed: run.Plan, batch: int, child: Child, one: dict[str, Any], found: dict[str, Any], warm_up: bool
+) -> None:
+    """One setting in one engine, once. found: takes what it did."""
+    asked = {FLAGS[one["policy"]]: one["setting"]}
+    question = {"batch": batch, "requests": speed.requests(batch), "temperature": 0.0, "extra_args": asked}
+    answer = child.ask({"measure": question})
+    measured, read = answer["measurement"], answer["read"]
+    if not warm_up:
+        found["rates"].append(measured["tokens"] / measured["seconds"])
+    found["mean_depth"] = sum(loop * count for loop, count in enumerate(read, 1)) / sum(read)
+    if child.name == "wavefront":  # plain decoding's passes are not counted but known
+        found["passes_per_token"] = measured["lane_passes"] / measured["committed"]
