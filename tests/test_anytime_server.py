@@ -348,10 +348,30 @@ def test_the_page_settles_to_the_answer(server, tab, tmp_path):
     assert tab.run("document.activeElement.index") == 1
     assert tab.run("document.querySelectorAll('#detail tbody tr').length") == 4
     assert tab.errors == []
+
+
+def test_the_page_at_a_deadline_shows_the_rest_of_the_draft_in_grey(server, tab, tmp_path):
+    """Later and later deadlines, up to the first that leaves time for a part of the answer."""
+    tab.call("Emulation.setDeviceMetricsOverride", width=1000, height=1250, deviceScaleFactor=1, mobile=False)
+    tab.open(f"{server}/anytime")
+    counts = "[committed, provisional].map(count => Number(count.textContent))"
+    tab.run(
+        "var committed = document.getElementById('committed'), provisional = document.getElementById('provisional')"
+    )
+    deadline = 100.0
+    while not tab.run(counts)[0]:
+        submit(tab, prompt=PROMPTS[1], tokens="250", mode="progressive", deadline=str(int(deadline)))
+        ended(tab, "deadline")
+        deadline *= 1.1
+    assert all(tab.run(counts))
+    assert tab.run("getComputedStyle(document.querySelector('.token.provisional')).borderBottomStyle") == "dotted"
+    tab.run("document.querySelector('.token').focus()")
+    tab.press("End", 35)
+    tab.run("scrollTo(0, 0)")
     picture = Path(os.environ.get("OURO_SCREENSHOT", tmp_path / "anytime.png"))
-    tab.call("Emulation.setDeviceMetricsOverride", width=1000, height=1150, deviceScaleFactor=1, mobile=False)
     tab.picture(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert tab.errors == []
 
 
 def test_the_page_on_a_phone_with_reduced_motion(server, tab):
