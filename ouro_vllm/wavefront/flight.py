@@ -32,6 +32,7 @@ class Row:
     depth: loops it has run.
     since: the loop (1-based) of the first readout that was taken, 0 before.
     heard: its readouts, one per loop from that one on.
+    said: (probability, the exit gate's lambda) of each readout, where somebody asked for them.
     memo: what the machine wants to remember as long as the row is there.
     guessed: its token came from a lookup, not from a readout.
     exit: the loop whose readout the gate let decide, 0 before and without a gate; set by the machine.
@@ -44,6 +45,7 @@ class Row:
     depth: int = 0
     since: int = 0
     heard: list[int] = field(default_factory=list)
+    said: list[tuple[float, float]] = field(default_factory=list)
     memo: object = None
     guessed: bool = False
     exit: int = 0

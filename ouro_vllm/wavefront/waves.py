@@ -22,7 +22,8 @@ class Lane:
     flight: its rows under way.
     speculates: False where only the tokens vLLM scheduled may run.
     entry: loops before a readout is fed (see `Flight.boarding`); 0 feeds lookups too, before there is a readout.
-    lookup: what has been committed, if entry may be 0.
+    lookup: what has been committed, if entry may be 0, or a draft to be followed.
+    traced: whether rows are read at every loop, however late readouts are fed.
     waits: True where nothing may follow in `Waves.forward`, only in a burst.
     """
 
@@ -31,6 +32,7 @@ class Lane:
     speculates: bool = True
     entry: int = 1
     lookup: Lookup | None = None
+    traced: bool = False
     waits: bool = False
 
 
@@ -218,8 +220,8 @@ class Waves:
                 if boarding and (flight.waiting is not None or under_way < self.most):
                     flight.board(self.free.pop(), *boarding)
             # Not under the gate: rows that enter together could all be committed at loop 1, and trail without bound.
-            if entry == 0 and speculates and lane.lookup is not None and not flight.gated:
-                self._guess(flight, lane.lookup)
+            if speculates and lane.lookup is not None and not flight.gated:
+                self._guess(flight, lane.lookup, by_text=entry == 0)
             rows += [(lane, row) for row in flight.trail]
             last = len(flight.rows) - 1
             for index, row in enumerate(flight.rows):
@@ -227,7 +229,7 @@ class Waves:
                     continue
                 busy = busy or not row.exit
                 # A row once read is read until it is decided: what its loops said is then comparable.
-                wanted = speculates and (index < last or row.depth + 1 >= entry or row.heard)
+                wanted = speculates and (index < last or row.depth + 1 >= entry or row.heard or lane.traced)
                 if not row.exit and (wanted or flight.gated):
                     read.append(len(rows))
                 rows.append((lane, row))
@@ -243,19 +245,25 @@ class Waves:
                 self.free += [row.slot for row in left]
         return True
 
-    def _guess(self, flight: Flight, lookup: Lookup) -> None:
-        """Let guesses enter behind a row that enters itself, all to run the first loop in this pass."""
+    def _guess(self, flight: Flight, lookup: Lookup, by_text: bool) -> None:
+        """Let guesses enter behind a row that enters itself, all to run the first loop in this pass.
+
+        by_text: not only what a draft says.
+        """
         for _ in range(GUESSES):
             newest = flight.rows[-1] if flight.rows else None
             if newest is None or newest.depth or newest.position + 1 >= flight.end or len(flight.rows) >= self.most:
                 return
-            before = flight.rows[0].position
-            known = lookup.tokens[max(0, before - LONGEST) : before]
-            token = lookup.guess(known + flight.tail(LONGEST))
+            token = lookup.follow(flight.rows)
+            guessed = token is None and by_text
+            if guessed:
+                before = flight.rows[0].position
+                known = lookup.tokens[max(0, before - LONGEST) : before]
+                token = lookup.guess(known + flight.tail(LONGEST))
             if token is None or newest.token in flight.stops or token in flight.stops:
                 return
-            flight.board(self.free.pop(), newest.position + 1, token).guessed = True
-            self.counts.guesses += 1
+            flight.board(self.free.pop(), newest.position + 1, token).guessed = guessed
+            self.counts.guesses += guessed
 
     def _run(self, rows: Sequence[tuple[Lane, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int) -> None:
         began = perf_counter()
