@@ -217,7 +217,7 @@ def test_windows_are_spread_over_the_text():
 @pytest.fixture(scope="module")
 def small() -> dict:
     """Figures of the bundled checkpoint, few of everything."""
-    plan = sharing.Plan(CHECKPOINT, list(POLICIES), [0, 16], sequences=6, tokens=120, prompt=60, sums=40)
+    plan = sharing.Plan(CHECKPOINT, list(POLICIES), [0, 16], sequences=6, tokens=120, prompt=60, sums=8)
     return sharing.measure(plan, lambda said: None)
 
 
@@ -253,9 +253,9 @@ def test_figures_are_those_of_the_reference(small, heldout):
     assert base["loss_by_sequence"] == pytest.approx(losses, abs=1e-4)
     assert base["loss"]["mean"] == pytest.approx(sum(losses) / 6, abs=1e-4)
     for row in base["sums"][1:3]:
-        asked = data.sums(tokens, row["operators"], 40)
+        asked = data.sums(tokens, row["operators"], 8)
         right = [yardstick.run(one.ids)[-1].logits[-1].argmax() == one.answer for one in asked]
-        assert row["accuracy"]["mean"] == pytest.approx(sum(right) / 40)
+        assert row["accuracy"]["mean"] == pytest.approx(sum(right) / 8)
 
 
 def test_means_and_errors():
