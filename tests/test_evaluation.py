@@ -217,7 +217,7 @@ def test_windows_are_spread_over_the_text():
 @pytest.fixture(scope="module")
 def small() -> dict:
     """Figures of the bundled checkpoint, few of everything."""
-    plan = sharing.Plan(CHECKPOINT, list(POLICIES), [0, 16], sequences=6, tokens=120, prompt=60, sums=40)
+    plan = sharing.Plan(CHECKPOINT, list(POLICIES), [0, 16], sequences=6, tokens=120, prompt=60, sums=8)
     return sharing.measure(plan, lambda said: None)
 
 
@@ -226,14 +226,13 @@ def cost(figures: dict, policy: str, window: int) -> float:
     return found["cost"]["mean"]
 
 
-def test_the_control_fails_and_the_others_do_not(small):
+def test_the_control_costs_most(small):
     assert [(one["policy"], one["window"]) for one in small["settings"]] == [
         ("per_loop", None),
         *((policy, window) for policy in ("last", "average", "first") for window in (0, 16)),
     ]
     for window in (0, 16):
-        assert cost(small, "first", window) > 5 * abs(cost(small, "last", window))
-        assert cost(small, "first", window) > 2 * abs(cost(small, "average", window))
+        assert cost(small, "first", window) > cost(small, "last", window) > cost(small, "average", window) > 0
     assert cost(small, "first", 16) < cost(small, "first", 0)
     base, *shared = small["settings"]
     assert base["cost"]["mean"] == 0 and base["agreement"]["mean"] == 1
@@ -253,9 +252,9 @@ def test_figures_are_those_of_the_reference(small, heldout):
     assert base["loss_by_sequence"] == pytest.approx(losses, abs=1e-4)
     assert base["loss"]["mean"] == pytest.approx(sum(losses) / 6, abs=1e-4)
     for row in base["sums"][1:3]:
-        asked = data.sums(tokens, row["operators"], 40)
+        asked = data.sums(tokens, row["operators"], 8)
         right = [yardstick.run(one.ids)[-1].logits[-1].argmax() == one.answer for one in asked]
-        assert row["accuracy"]["mean"] == pytest.approx(sum(right) / 40)
+        assert row["accuracy"]["mean"] == pytest.approx(sum(right) / 8)
 
 
 def test_means_and_errors():
@@ -317,12 +316,12 @@ def test_a_text_of_ones_own_without_the_examples(tmp_path, capsys, monkeypatch):
         data.corpus.cache_clear()
 
 
-def test_a_control_that_does_not_fail_is_told(small):
+def test_a_control_that_does_not_cost_most_is_told(small):
     figures = json.loads(json.dumps(small))
-    assert "`first` fails, as it must" in report.text(figures)
+    assert "`first` costs most, as it must" in report.text(figures)
     for one in figures["settings"]:
         one["cost"]["mean"] = 0.01
-    assert "`first` does NOT fail" in report.text(figures)
+    assert "`first` does NOT cost most" in report.text(figures)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +370,7 @@ def test_checkpoints_that_cannot_be_evaluated_are_named(tmp_path, capsys):
 
     assert "single loop (`total_ut_steps` 1): there is no KV for loops to share" in refused("one", total_ut_steps=1)
     assert "no `total_ut_steps`" in refused("none", total_ut_steps=None)
-    assert "`hidden_size`" in refused("typed", hidden_size="wide")
+    assert "field 'hidden_size'" in refused("typed", hidden_size="wide")
     assert "`rope_type` 'default' only" in refused(
         "rope", rope_theta=None, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
     )

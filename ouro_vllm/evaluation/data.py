@@ -59,8 +59,14 @@ def held_out(tokens: Tokenizer) -> list[int]:
     end = tokens.token_to_id(corpus().END)
     if end is None:
         raise EvalError(f"The tokenizer has no {corpus().END}: name a text of your own with --text FILE.")
-    documents = (document.text for document in corpus().library() if document.held_out)
+    documents = held_out_documents()
     return [end] + [token for text in documents for token in (*tokens.encode(text).ids, end)]
+
+
+@cache
+def held_out_documents() -> list[str]:
+    """Their texts. Cached: the whole library is read to find them."""
+    return [document.text for document in corpus().library() if document.held_out]
 
 
 def own_text(tokens: Tokenizer, file: Path) -> list[int]:

@@ -177,7 +177,7 @@ def read_config(folder: Path) -> OuroConfig:
         config = OuroConfig(**json.loads(file.read_text()))
         check(config)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise EvalError(f"{file}: {error}") from None
+        raise EvalError(f"{file}: {' '.join(str(error).split())}") from None
     rope = config.rope_parameters or {}
     if rope.keys() - {"type"} != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
         raise EvalError(f"{file}: eval knows rotary positions of `rope_type` 'default' only; there they are {rope}.")

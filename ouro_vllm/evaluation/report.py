@@ -78,8 +78,9 @@ def judged(figures: dict[str, Any]) -> str | None:
     if control is None or not costs:
         return None
     worst = max(costs, key=costs.get)
-    failed = control > 2 * max(costs[worst], 0)
-    verdict = "fails, as it must" if failed else "does NOT fail: do not trust this measurement"
+    verdict = (
+        "costs most, as it must" if control > costs[worst] else "does NOT cost most: do not trust this measurement"
+    )
     found = f"{control:+.3f} nats/token at window {window}, `{worst}` {costs[worst]:+.3f}"
     return f"The control `{CONTROL}` {verdict}: {found}."
 
