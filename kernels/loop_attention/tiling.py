@@ -68,9 +68,9 @@ def shape_of(target: GPUTarget, dtype: torch.dtype, head_size: int, group: int, 
         return Shape(max(16, grouped), 16, 4, 1)
     wide = triton.next_power_of_2(head_size) > 128
     old = target.backend == "cuda" and int(target.arch) < 90
-    block_m = max(64 if many else 16, grouped)
+    block_m = max((32 if old else 64) if many else 16, grouped)
     block_n = 32 if wide or (old and many) else 64
-    warps = 8 if many else 4
+    warps = 8 if many and not old else 4
     # The LDS of an AMD unit is 64 KiB, a third of a GPU's shared memory elsewhere.
     stages = 1 if target.backend == "hip" else 2 if wide else 3
     return Shape(block_m, block_n, warps, stages)
