@@ -72,7 +72,9 @@ def prepare(
         kind = 0
     launches = []
     for tiles in plan.launches:
-        launches += _launches(query, key_cache, value_cache, tables, plan, tiles, kind, scale, k_scale, v_scale, out)
+        launches += _launches(
+            query, key_cache, value_cache, tables, plan, tiles, kind, scale, k_scale, v_scale, out, target
+        )
     return launches
 
 
@@ -116,6 +118,7 @@ def _launches(
     k_scale: float,
     v_scale: float,
     out: torch.Tensor,
+    target: GPUTarget,
 ) -> list[Launch]:
     shape, rows, heads = tiles.shape, plan.rows.shape[1], plan.heads
     padded = triton.next_power_of_2(plan.head_size)
@@ -161,7 +164,8 @@ def _launches(
             # The interpreter multiplies the bits of bfloat16; a GPU's products of it are exact in float32, too.
             "WIDE": triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
         },
-        {"num_warps": shape.warps, "num_stages": shape.stages},
+        # Left alone, ptxas spills a few registers for the sake of occupancy.
+        {"num_warps": shape.warps, "num_stages": shape.stages} | ({"maxnreg": 255} if target.backend == "cuda" else {}),
     )
     if not split:
         return [first]
