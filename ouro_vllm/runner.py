@@ -165,7 +165,8 @@ class LoopPasses(KeyedDraws):
                 break
             rows = [(0, Row(0, 0, slot)) for slot in range(size)]
             for number in range(TIMED):
-                machine.step = Step(torch.zeros(self._loops, 1, 1, dtype=torch.int32, device=self.device))
+                tables = torch.zeros(len(self._groups), 1, 1, dtype=torch.int32, device=self.device)
+                machine.step = Step(tables, prompts=[1])
                 began = perf_counter()
                 machine.run(rows, [], (), 0)
                 self.model.compute_logits(machine.kept([row for _, row in rows])).argmax(-1).tolist()
