@@ -290,6 +290,23 @@ def test_examples(server, program, name):
         assert done.stdout == expected + "\n"
 
 
+def test_the_measurement_of_drafts(server):
+    command = [sys.executable, "-m", "ouro_vllm.bench.progressive", "--url", f"{server}/v1"]
+    done = subprocess.run([*command, "--tokens", "24", "--rounds", "2"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same_answer"] and set(found["seconds"]) == {"plain", "drafted", "progressive"}
+    assert 0 < found["seconds_draft"] < found["seconds"]["progressive"]
+    least, most = found["ratio_least_to_most"]
+    assert 0 < least <= found["ratio_draft_to_plain"] <= most
+
+
+def test_the_measurement_without_a_server():
+    command = [sys.executable, "-m", "ouro_vllm.bench.progressive", "--url", "http://127.0.0.1:9/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("http://127.0.0.1:9/v1: ")
+
+
 # The page.
 
 
@@ -362,7 +379,7 @@ def test_the_page_at_a_deadline_shows_the_rest_of_the_draft_in_grey(server, tab,
     while not tab.run(counts)[0]:
         submit(tab, prompt=PROMPTS[1], tokens="250", mode="progressive", deadline=str(int(deadline)))
         ended(tab, "deadline")
-        deadline *= 1.1
+        deadline *= 1.25
     assert all(tab.run(counts))
     assert tab.run("getComputedStyle(document.querySelector('.token.provisional')).borderBottomStyle") == "dotted"
     tab.run("document.querySelector('.token').focus()")
