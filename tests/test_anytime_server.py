@@ -126,6 +126,23 @@ def test_traces_are_the_references(server, reference):
             assert loop["lambda"] == pytest.approx(float(wanted.exit_logit[at].sigmoid()), abs=2e-3)
 
 
+def test_depths_are_those_that_decided(server):
+    body = {**GREEDY, "prompt": PROMPT, "vllm_xargs": {"ouro_loops": 2}}
+    assert checked(ask(server, body), plain(server, body)).depth == [2] * 64
+    body = {**GREEDY, "prompt": PROMPT, "vllm_xargs": {"ouro_exit_threshold": 0.5}, "anytime": {"trace": True}}
+    client = checked(ask(server, body), plain(server, body))
+    assert set(client.depth) <= {1, 2, 3, 4} and 1 < len(set(client.depth))
+    assert client.done["depth"] == pytest.approx(sum(client.depth) / 64, abs=1e-3)
+    for depth, token, said in zip(client.depth, client.token_ids, client.traces.values(), strict=True):
+        assert [loop["depth"] for loop in said] == list(range(1, depth + 1)) and said[-1]["token_id"] == token
+        staying = [1.0]
+        for loop in said:
+            staying.append(staying[-1] * (1 - loop["lambda"]))
+        # It left where the chance of having left reached the threshold: to the digits of a trace.
+        assert depth == 4 or 1 - staying[-1] >= 0.5 - 1e-3
+        assert all(1 - before < 0.5 + 1e-3 for before in staying[:-1])
+
+
 def test_without_drafting_there_are_commits_only(server):
     body = {**GREEDY, "prompt": PROMPT, "vllm_xargs": {"ouro_speculate": 0}}
     events = ask(server, body)
