@@ -126,6 +126,23 @@ def test_traces_are_the_references(server, reference):
             assert loop["lambda"] == pytest.approx(float(wanted.exit_logit[at].sigmoid()), abs=2e-3)
 
 
+def test_depths_are_those_that_decided(server):
+    body = {**GREEDY, "prompt": PROMPT, "vllm_xargs": {"ouro_loops": 2}}
+    assert checked(ask(server, body), plain(server, body)).depth == [2] * 64
+    body = {**GREEDY, "prompt": PROMPT, "vllm_xargs": {"ouro_exit_threshold": 0.5}, "anytime": {"trace": True}}
+    client = checked(ask(server, body), plain(server, body))
+    assert set(client.depth) <= {1, 2, 3, 4} and 1 < len(set(client.depth))
+    assert client.done["depth"] == pytest.approx(sum(client.depth) / 64, abs=1e-3)
+    for depth, token, said in zip(client.depth, client.token_ids, client.traces.values(), strict=True):
+        assert [loop["depth"] for loop in said] == list(range(1, depth + 1)) and said[-1]["token_id"] == token
+        staying = [1.0]
+        for loop in said:
+            staying.append(staying[-1] * (1 - loop["lambda"]))
+        # It left where the chance of having left reached the threshold: to the digits of a trace.
+        assert depth == 4 or 1 - staying[-1] >= 0.5 - 1e-3
+        assert all(1 - before < 0.5 + 1e-3 for before in staying[:-1])
+
+
 def test_without_drafting_there_are_commits_only(server):
     body = {**GREEDY, "prompt": PROMPT, "vllm_xargs": {"ouro_speculate": 0}}
     events = ask(server, body)
@@ -290,6 +307,23 @@ def test_examples(server, program, name):
         assert done.stdout == expected + "\n"
 
 
+def test_the_measurement_of_drafts(server):
+    command = [sys.executable, "-m", "ouro_vllm.bench.progressive", "--url", f"{server}/v1"]
+    done = subprocess.run([*command, "--tokens", "24", "--rounds", "2"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same_answer"] and set(found["seconds"]) == {"plain", "drafted", "progressive"}
+    assert 0 < found["seconds_draft"] < found["seconds"]["progressive"]
+    least, most = found["ratio_least_to_most"]
+    assert 0 < least <= found["ratio_draft_to_plain"] <= most
+
+
+def test_the_measurement_without_a_server():
+    command = [sys.executable, "-m", "ouro_vllm.bench.progressive", "--url", "http://127.0.0.1:9/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("http://127.0.0.1:9/v1: ")
+
+
 # The page.
 
 
@@ -362,7 +396,7 @@ def test_the_page_at_a_deadline_shows_the_rest_of_the_draft_in_grey(server, tab,
     while not tab.run(counts)[0]:
         submit(tab, prompt=PROMPTS[1], tokens="250", mode="progressive", deadline=str(int(deadline)))
         ended(tab, "deadline")
-        deadline *= 1.1
+        deadline *= 1.25
     assert all(tab.run(counts))
     assert tab.run("getComputedStyle(document.querySelector('.token.provisional')).borderBottomStyle") == "dotted"
     tab.run("document.querySelector('.token').focus()")
