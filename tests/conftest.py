@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_speculation": 1,
         "test_sampling": 1,
         "test_depth": 1,
+        "test_sharing": 1,
+        "test_kernels": 1,
     }
     items.sort(key=lambda item: order.get(Path(item.fspath).stem, 0))
 

@@ -155,6 +155,21 @@ def test_the_log_line_reckons_with_what_is_held():
     assert pool.pool.get_num_free_blocks() < pool.held() / fit
 
 
+def test_requests_that_decode_together():
+    """Prompts of 256 tokens, answers of 3,840, window 128: at least 3.2 times as many fit as without sharing."""
+    prompt, context, most = 256, 4096, {}
+    for window in (None, 128):
+        pool = Pool(window)
+        for manager in pool.managers:
+            manager.allocate_new_blocks("a", prompt, prompt)
+        peak = pool.held()
+        for tokens in range(prompt, context, 8):
+            pool.decode("a", prompt, tokens, ahead=11)
+            peak = max(peak, pool.held())
+        most[window] = peak
+    assert most[None] / most[128] >= 3.2
+
+
 def test_only_prompts_are_published():
     """Whatever number of tokens vLLM offers."""
     for manager in Pool(64).managers:

@@ -219,7 +219,12 @@ class Passes:
             lane, block = torch.tensor(done, dtype=torch.int64).to(self.device, non_blocking=True).unbind(1)
             ids = self.step.tables[:, lane, block].long()
             for cache in self.caches:
-                fold(cache, ids[:-1].T, ids[-1])
+                if self.kernels:
+                    from ouro_vllm.kernels.kv_fold import kv_fold
+
+                    kv_fold(*cache.transpose(1, 2).chunk(2, dim=-1), ids[:-1].T.int(), ids[-1].int())
+                else:
+                    fold(cache, ids[:-1].T, ids[-1])
 
     def kept(self, rows: Sequence[Row]) -> torch.Tensor:
         """Hidden states [len(rows), D] that rows are read from: after the gate let them go, or else as they are now."""

@@ -12,11 +12,19 @@ from ouro_vllm.kernels import backend
 SPECULATION = {"method": "custom_class", "model": "ouro_vllm.SelfSpeculator", "num_speculative_tokens": 4}
 
 
-@pytest.mark.parametrize("speculation", [None, SPECULATION], ids=["plain", "wavefront"])
-def test_tokens_of_the_engine(speculation: dict | None, heldout: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two requests together, one of one token, float32; the second engine has no part in the kernels."""
+@pytest.mark.parametrize(
+    ("speculation", "policy"), [(None, "per_loop"), (SPECULATION, "average")], ids=["plain", "wavefront, shared"]
+)
+def test_tokens_of_the_engine(
+    speculation: dict | None, policy: str, heldout: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests together, one of one token, float32; the second engine has no part in the kernels.
+
+    Under sharing the first reads a block of the mean over loops from its first generated token on.
+    """
     asked = prompts(heldout, [37, 1], seed=random.randrange(1000))
-    options = {"speculative_config": speculation, "max_model_len": 128, "max_num_seqs": 2}
+    options = {"speculative_config": speculation, "max_model_len": 128, "max_num_seqs": 2, "block_size": 32}
+    options["additional_config"] = {"ouro": {"kv_sharing": policy, "kv_window": 4}}
     calls = []
     real = backend.loop_attention
     monkeypatch.setattr(backend, "loop_attention", lambda *a, **k: calls.append(a) or real(*a, **k))
