@@ -22,8 +22,8 @@ class Measurement:
     first_token: seconds from a request's arrival to its first token, the median over requests.
     decoding_seconds, decoding_tokens: from each request's first token to its last, and the tokens behind the first, of
         all requests together.
-    kv_bytes: held when most was held, per token of context then; context: tokens that a request has in the middle of
-        its answer, the mean over requests; loop_bytes: keys and values of one token and loop.
+    kv_bytes: held when contexts were longest, per token of context then; context: tokens that a request has in the
+        middle of its answer, the mean over requests; loop_bytes: keys and values of one token and loop.
     passes, rows, lane_passes, restarts, dropped, agreed, judged, settled, committed: as in `wavefront.waves.Counts` and
         `wavefront.pacing.StepReport`; for plain decoding R passes and R rows per token, by definition.
     pass_seconds: time in passes, readouts between them included; None where it was not measured.

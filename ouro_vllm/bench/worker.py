@@ -195,7 +195,7 @@ class Engine:
         prompts = [self.prompts[number % len(self.prompts)] for number in range(requests)]
         entries: Counter[str] = Counter()
         scheduler = self.core.scheduler
-        pool, held = scheduler.kv_cache_manager.block_pool, (0, 0)  # blocks, tokens
+        pool, held = scheduler.kv_cache_manager.block_pool, (0, 0)  # tokens, blocks
 
         def stepped() -> float:
             nonlocal held
@@ -204,8 +204,8 @@ class Engine:
             held = max(
                 held,
                 (
-                    pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
                     sum(request.num_computed_tokens for request in scheduler.running),
+                    pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
                 ),
             )
             return self.out
@@ -216,7 +216,8 @@ class Engine:
         before, began = self._counted(), perf_counter()
         outputs, waits, last = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, batch, stepped)
         seconds = perf_counter() - began
-        block_bytes = self.loop_bytes * scheduler.cache_config.block_size
+        cache = scheduler.kv_cache_config
+        block_bytes = sum(tensor.size for tensor in cache.kv_cache_tensors) / cache.num_blocks
         measurement = Measurement(
             seconds=seconds,
             requests=requests,
@@ -224,7 +225,7 @@ class Engine:
             first_token=median(waits),
             decoding_seconds=sum(last),
             decoding_tokens=sum(map(len, outputs)) - len(outputs),
-            kv_bytes=held[0] * block_bytes / max(1, held[1]),
+            kv_bytes=held[1] * block_bytes / max(1, held[0]),
             context=mean(len(prompt) + self.tokens / 2 for prompt in prompts),
             loop_bytes=self.loop_bytes,
             entries=dict(entries),
