@@ -285,6 +285,7 @@ def _attend(
     for segment in range(0, groups + 1):
         low, high = _interval(segment, own, position, start)
         begin, end = _span(low, high)
+        width = tl.maximum(high - low, 0).to(tl.uint32, bitcast=True)
         step = begin // BLOCK_N
         here = tl.maximum(tl.cdiv(end, BLOCK_N) - step, 0)
         group = tl.where(segment == 0, shared, segment - 1).to(tl.int64)
@@ -308,7 +309,8 @@ def _attend(
             if FP8:
                 k, v = fp8.decode(k, FP8), fp8.decode(v, FP8)
             k, v = k.to(q.dtype), v.to(q.dtype)
-            seen = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
+            # From low on, before high: one comparison, as each holds scalar registers on AMD until the scores are there.
+            seen = (n[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < width[:, None]
 
             scores = tl.where(seen, _dot(q, k, WIDE) * score_scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))

@@ -69,7 +69,8 @@ def shape_of(target: GPUTarget, dtype: torch.dtype, head_size: int, group: int, 
     wide = triton.next_power_of_2(head_size) > 128
     old = target.backend == "cuda" and int(target.arch) < 90
     block_m = max((32 if old else 64) if many else 16, grouped)
-    block_n = 32 if wide or (old and many) else 64
+    # Of 64 positions at once the masks alone fill an AMD wave's scalar registers.
+    block_n = 32 if wide or (many and (old or target.backend == "hip")) else 64
     warps = 8 if many and not old else 4
     # The LDS of an AMD unit is 64 KiB, a third of a GPU's shared memory elsewhere.
     stages = 1 if target.backend == "hip" else 2 if wide else 3
