@@ -180,19 +180,17 @@ def _launches(
 
 
 @triton.jit
-def _interval(segment, own, position, start):
-    """The positions [low, high) that each row reads of a segment: 0 is the shared one, g + 1 that of own group g."""
+def _reads(segment, own, position, start):
+    """What is read of a segment (0 is the shared one, g + 1 that of own group g), positions from low on, before high.
+
+    Returns (low, high) of each row, then of any row of the tile; nothing is (large, 0) there.
+    """
     is_shared = segment == 0
     mine = own == segment - 1
     low = tl.where(is_shared, 0, tl.where(mine, start, 0))
     high = tl.where(is_shared, start, tl.where(mine, position + 1, 0))
-    return low, high
-
-
-@triton.jit
-def _span(low, high):
-    """The positions [low, high) that any row of the tile reads; nothing is (large, 0)."""
-    return tl.min(tl.where(low < high, low, 0x7FFFFFFF)), tl.max(tl.where(low < high, high, 0))
+    reads = low < high
+    return low, high, tl.min(tl.where(reads, low, 0x7FFFFFFF)), tl.max(tl.where(reads, high, 0))
 
 
 @triton.jit
@@ -269,22 +267,23 @@ def _attend(
         query_ptr + (row * query_row + head * query_head)[:, None] + (dim * query_dim)[None, :], mask=held, other=0.0
     )
 
-    steps = 0
-    for segment in range(0, groups + 1):
-        low, high = _interval(segment, own, position, start)
-        begin, end = _span(low, high)
-        steps += tl.maximum(tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)
-    mine = tl.cdiv(steps, tl.num_programs(2))
-    from_step = split * mine
-    to_step = tl.minimum(from_step + mine, steps)
+    # This split's part of the chain; from_step and to_step count over all segments.
+    from_step, to_step = 0, 0x7FFFFFFF
+    if SPLIT:
+        steps = 0
+        for segment in range(0, groups + 1):
+            _, _, begin, end = _reads(segment, own, position, start)
+            steps += tl.maximum(tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)
+        mine = tl.cdiv(steps, tl.num_programs(2))
+        from_step = split * mine
+        to_step = tl.minimum(from_step + mine, steps)
 
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     weight = tl.zeros([BLOCK_M], dtype=tl.float32)
     total = tl.zeros([BLOCK_M, HEAD_PAD], dtype=tl.float32)
     passed = 0
     for segment in range(0, groups + 1):
-        low, high = _interval(segment, own, position, start)
-        begin, end = _span(low, high)
+        low, high, begin, end = _reads(segment, own, position, start)
         width = tl.maximum(high - low, 0).to(tl.uint32, bitcast=True)
         step = begin // BLOCK_N
         here = tl.maximum(tl.cdiv(end, BLOCK_N) - step, 0)

@@ -24,17 +24,21 @@ def test_tokens_of_the_engine(
     """
     asked = prompts(heldout, [37, 1], seed=random.randrange(1000))
     options = {"speculative_config": speculation, "max_model_len": 128, "max_num_seqs": 2, "block_size": 32}
+    # The interpreter copies all memory of every tensor at every launch: a small cache.
+    options["num_gpu_blocks_override"] = 64
     options["additional_config"] = {"ouro": {"kv_sharing": policy, "kv_window": 4}}
+    # Of the passes timed at the start the interpreter is to run the smallest only.
+    monkeypatch.setattr("ouro_vllm.runner.MOST_TIMED", 1)
     calls = []
     real = backend.loop_attention
     monkeypatch.setattr(backend, "loop_attention", lambda *a, **k: calls.append(a) or real(*a, **k))
     with running(**options) as llm:
-        found = greedy(llm, asked, tokens=6)
+        found = greedy(llm, asked, tokens=3)
     assert calls
     used = len(calls)
     monkeypatch.setattr("ouro_vllm.model.own_backend", lambda *_, **__: None)
     with running(**options) as llm:
-        assert greedy(llm, asked, tokens=6) == found
+        assert greedy(llm, asked, tokens=3) == found
     assert len(calls) == used
 
 
@@ -60,7 +64,7 @@ def test_rows_of_mixed_depth_share_tiles() -> None:
     assert plain.plan.launches[0].table[:, 1:3].tolist() == [[3, 0], [1, 1]]
     assert plain.tables.shape == (1, 2, 3)
 
-    rows = {"request": [0, 0, 0, 0], "own": [0, 1, 2, 0], "position": [39, 38, 37, 8], "window_start": [32, 16, 16, 0]}
+    rows = {"request": [0] * 4, "own": [0, 1, 2, 2], "position": [39, 38, 37, 36], "window_start": [32, 16, 16, 16]}
     mixed = backend.LoopCommonMetadata(**common, **rows, tables=torch.zeros(4, 1, 3, dtype=torch.int32), shared=[3])
     made = builder.build(0, mixed)
     assert made.plan.launches[0].table.tolist() == [[0, 4, 0, 3]]

@@ -80,12 +80,12 @@ def chunk(start: int, tokens: int, window: int | None, own: int = 1, block_size:
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("window", [None, 0, 3, 32, 1000])
 def test_wavefront(window: int | None, splits: int) -> None:
-    """Rows of all depths of three requests: no window, an empty one, less than a block, some blocks, all."""
-    check(wavefront([97, 5, 48], window), splits=splits)
+    """Rows of all depths of two requests: no window, an empty one, less than a block, some blocks, all."""
+    check(wavefront([67, 5], window), splits=splits)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize(("start", "tokens", "window"), [(0, 63, None), (37, 19, 32), (16, 33, 0), (0, 65, 16)])
+@pytest.mark.parametrize(("start", "tokens", "window"), [(0, 31, None), (37, 19, 32), (16, 17, 0), (0, 49, 16)])
 def test_chunks(start: int, tokens: int, window: int | None, splits: int) -> None:
     """Prompts, verification, recomputation in sub-chunks: many rows at one depth, several tiles of one request."""
     check(chunk(start, tokens, window), splits=splits)
@@ -105,14 +105,14 @@ def test_head_sizes(head_size: int, block_size: int) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (6, 2), (20, 1)])
 def test_grouped_heads(heads: int, kv_heads: int) -> None:
     """Ratios of 4, 3 and 20: tiles of several rows, with an unused remainder, with one row of over 16 heads."""
-    check(wavefront([50, 21], 16), heads=heads, kv_heads=kv_heads, splits=2)
-    check(chunk(20, 23, 16), heads=heads, kv_heads=kv_heads)
+    check(wavefront([37, 5], 16), heads=heads, kv_heads=kv_heads, splits=2)
+    check(chunk(20, 9, 16), heads=heads, kv_heads=kv_heads)
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
 def test_types(dtype: torch.dtype, head_size: int) -> None:
-    check(wavefront([83, 9], 32), dtype=dtype, head_size=head_size, splits=2)
+    check(wavefront([51, 9], 32), dtype=dtype, head_size=head_size, splits=2)
 
 
 @pytest.mark.parametrize("arch", [80, 90, "gfx942"])
@@ -123,7 +123,7 @@ def test_fp8_cache(dtype: torch.dtype, arch: int | str) -> None:
         pytest.skip("this device converts its own kind only; test_fp8.py has the codes")
     target = GPUTarget("hip", arch, 64) if arch == "gfx942" else GPUTarget("cuda", arch, 32)
     kv_dtype = torch.float8_e4m3fnuz if arch == "gfx942" else FP8
-    check(wavefront([61, 30], 16), dtype=dtype, kv_dtype=kv_dtype, target=target, k_scale=0.7, v_scale=3.5, splits=2)
+    check(wavefront([37, 9], 16), dtype=dtype, kv_dtype=kv_dtype, target=target, k_scale=0.7, v_scale=3.5, splits=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -185,13 +185,13 @@ def test_nan_that_is_read_shows() -> None:
 
 def test_random_cases() -> None:
     """Requests, depths, windows, lengths, head counts, types and splits as they come; the seed is in the failure."""
-    for seed in random.SystemRandom().sample(range(10**6), 6):
+    for seed in random.SystemRandom().sample(range(10**6), 4):
         draw = random.Random(seed)
         block_size, window = draw.choice([16, 32]), draw.choice([None, 0, 5, 16, 48])
         rows = Rows([], [], [], [], [])
-        for b in range(draw.randint(1, 3)):
+        for b in range(draw.randint(1, 2)):
             rows.shared.append(draw.randrange(4))
-            for position in draw.sample(range(120), draw.choice([1, 4, 9, 40])):
+            for position in draw.sample(range(90), draw.choice([1, 4, 9, 20])):
                 rows.request.append(b)
                 rows.own.append(draw.randrange(4))
                 rows.position.append(position)
