@@ -308,7 +308,7 @@ def _attend(
             if FP8:
                 k, v = fp8.decode(k, FP8), fp8.decode(v, FP8)
             k, v = k.to(q.dtype), v.to(q.dtype)
-            # From low on, before high: one comparison, as each holds scalar registers on AMD until the scores are there.
+            # One comparison for both bounds: on AMD each holds scalar registers until the scores are there.
             seen = (n[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < width[:, None]
 
             scores = tl.where(seen, _dot(q, k, WIDE) * score_scale, float("-inf"))

@@ -12,21 +12,14 @@ from ouro_vllm.kernels import backend
 SPECULATION = {"method": "custom_class", "model": "ouro_vllm.SelfSpeculator", "num_speculative_tokens": 4}
 
 
-@pytest.mark.parametrize(
-    ("speculation", "policy"), [(None, "per_loop"), (SPECULATION, "average")], ids=["plain", "wavefront, shared"]
-)
-def test_tokens_of_the_engine(
-    speculation: dict | None, policy: str, heldout: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_of_the_engine(heldout: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests together, one of one token, float32; the second engine has no part in the kernels.
 
-    Under sharing the first reads a block of the mean over loops from its first generated token on.
+    Self-speculation, and loops that share: the first reads a block of the mean over loops from its first token on.
     """
     asked = prompts(heldout, [37, 1], seed=random.randrange(1000))
-    options = {"speculative_config": speculation, "max_model_len": 128, "max_num_seqs": 2, "block_size": 32}
-    # The interpreter copies all memory of every tensor at every launch: a small cache.
-    options["num_gpu_blocks_override"] = 64
-    options["additional_config"] = {"ouro": {"kv_sharing": policy, "kv_window": 4}}
+    options = {"speculative_config": SPECULATION, "max_model_len": 128, "max_num_seqs": 2, "block_size": 32}
+    options["additional_config"] = {"ouro": {"kv_sharing": "average", "kv_window": 4}}
     # Of the passes timed at the start the interpreter is to run the smallest only.
     monkeypatch.setattr("ouro_vllm.runner.MOST_TIMED", 1)
     calls = []
