@@ -11,8 +11,8 @@ from test_exactness import TOLERANCE, greedy, prompts
 from test_speculation import EAGER, SPECULATOR, assert_idle, drafting, scheduler_of, tokens_of
 
 POLICIES = ["last", "average"]
-WINDOW, BLOCK, TOKENS = 20, 32, 96
-LENGTHS = [1, 31, 32, 33, 64, 65, 100, 129, 300]
+WINDOW, BLOCK, TOKENS = 20, 32, 128
+LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 100, 129, 200, 300]
 
 
 def sharing(policy, window=WINDOW, **more):
@@ -53,7 +53,7 @@ def test_logits_are_the_references(engine, heldout, policy):
     with engine(
         additional_config=sharing(policy), block_size=BLOCK, logprobs_mode="raw_logits", max_logprobs=-1
     ) as llm:
-        asked = prompts(heldout, [1, 70], seed=32)
+        asked = prompts(heldout, [40, 70], seed=32)
         for ids in asked:
             output = llm.generate([TokensPrompt(prompt_token_ids=ids)], params, use_tqdm=False)[0].outputs[0]
             flat = output.logprobs
@@ -90,8 +90,8 @@ def test_chunked_prompts_and_preemption(engine, bank, policy):
             lost.append(request.num_output_tokens),
             preempt(request, *args, **more),
         )
-        assert_banked(llm, bank[:7])
-        assert_banked(llm, bank[7:])
+        assert_banked(llm, bank[:9])
+        assert_banked(llm, bank[9:])
         assert_idle(llm)
     assert max(lost, default=0) > 2 * WINDOW
 
