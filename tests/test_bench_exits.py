@@ -13,8 +13,7 @@ from reference import Depth, Reference, exit_loops
 from tokenizers import Tokenizer
 
 from ouro_vllm.bench.exits import curve
-from ouro_vllm.bench.exits.data import DataError, held_out, sizes, sums
-from ouro_vllm.bench.exits.forward import Forward
+from ouro_vllm.bench.exits.data import held_out, sizes, sums
 from ouro_vllm.bench.exits.policies import (
     FIXED,
     GATE,
@@ -34,11 +33,13 @@ from ouro_vllm.bench.exits.policies import (
 )
 from ouro_vllm.bench.run import save
 from ouro_vllm.cli import build_parser, main
+from ouro_vllm.evaluation.forward import Looped
+from ouro_vllm.evaluation.policies import EvalError
 
 
 @pytest.fixture(scope="module")
 def forward():
-    return Forward(CHECKPOINT)
+    return Looped(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +48,28 @@ def tokenizer():
 
 
 def test_the_forward_is_the_references(forward, reference, heldout):
-    """Batched, at every loop, one loop more than was trained."""
+    """Batched, at every loop, the gate too."""
     asked = [heldout[100:177], heldout[5000:5077]]
-    states = forward.loops(torch.tensor(asked), 5)
+    states = forward.read(torch.tensor(asked))
     for row, ids in enumerate(asked):
-        for state, depth in zip(states, reference.run(ids, 5), strict=True):
+        for state, depth in zip(states, reference.run(ids), strict=True):
             assert torch.allclose(state[row], depth.hidden, atol=1e-4)
-            assert torch.allclose(forward.readout(state[row]), depth.logits, atol=1e-3)
+            assert torch.allclose(forward.logits(state[row]), depth.logits, atol=1e-3)
             assert torch.allclose(forward.gate(state[row]), depth.exit_logit, atol=1e-4)
 
 
 def test_the_forward_knows_grouped_heads_and_tied_embeddings(tmp_path):
     folder = write(tmp_path, num_key_value_heads=2, tie_word_embeddings=True)
     ids = [5, 9, 100, 7, 7, 3]
-    (*_, state), (*_, depth) = Forward(folder).loops(torch.tensor([ids]), 3), Reference(folder).run(ids)
+    (*_, state), (*_, depth) = Looped(folder).read(torch.tensor([ids])), Reference(folder).run(ids)
     assert torch.allclose(state[0], depth.hidden, atol=1e-4)
-    assert torch.allclose(Forward(folder).readout(state[0]), depth.logits, atol=1e-3)
+    assert torch.allclose(Looped(folder).logits(state[0]), depth.logits, atol=1e-3)
 
 
 def test_other_rotary_embeddings_are_refused(tmp_path):
     folder = write(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0})
     with pytest.raises(ValueError, match="'linear'"):
-        Forward(folder)
+        Looped(folder)
 
 
 @given(st.integers(1, 3 * WINDOW))
@@ -84,7 +85,7 @@ def test_windows_score_every_place_once_behind_enough_context(count):
 def test_text_is_scored_as_the_reference_scores_it(forward, reference, heldout):
     """Longer than a window: the first tokens by the whole text, the last by their own window."""
     ids = heldout[: WINDOW + 100]
-    scores = score_text(forward, ids, 4)
+    scores = score_text(forward, ids)
     assert scores.loss.shape == (4, len(ids) - 1)
     for start, part in ((0, slice(0, WINDOW)), (99, slice(WINDOW, WINDOW + 99))):
         depths = reference.run(ids[start:-1] if start else ids[:WINDOW])
@@ -122,7 +123,7 @@ def test_rows_leave_where_the_definitions_say(seed):
 
 
 def test_changes_are_shares_of_the_norm_before(forward):
-    states = [torch.randn(9, forward.head.shape[1]) for _ in range(3)]
+    states = [torch.randn(9, forward.config.hidden_size) for _ in range(3)]
     scores = score_rows(forward, states, torch.arange(9))
     assert scores.change[0].isinf().all()
     for loop in (1, 2):
@@ -167,7 +168,7 @@ def test_sums_are_right_fresh_for_each_size_and_the_same_every_time(tokenizer):
 
 def test_padding_does_not_show_in_the_answers_to_sums(forward, tokenizer, reference):
     found = sums(tokenizer, 4, 40)
-    scores = score_sums(forward, found, 4)
+    scores = score_sums(forward, found)
     for row in (0, 31, 32, 39):
         depths = reference.run(found.prompts[row])
         said = [float(depth.logits[-1].argmax() == found.answers[row]) for depth in depths]
@@ -187,7 +188,7 @@ def test_held_out_text(tokenizer, tmp_path):
     assert len(held_out(tokenizer, file, 5)) == 5
     for wrong, named in ((tmp_path / "none", "cannot be read"), (tmp_path / "empty", "no text")):
         (tmp_path / "empty").write_text("")
-        with pytest.raises(DataError, match=named):
+        with pytest.raises(EvalError, match=named):
             held_out(tokenizer, wrong, 100)
 
 

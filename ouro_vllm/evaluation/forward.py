@@ -75,6 +75,15 @@ class Looped:
         tied = "lm_head.weight" not in self.weights
         return hidden @ self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T
 
+    def gate(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] after any loop -> the exit gate's logits [...]."""
+        name = "model.early_exit_gate."
+        return F.linear(hidden, self.weights[name + "weight"], self.weights[name + "bias"])[..., 0]
+
+    def read(self, ids: Tensor) -> list[Tensor]:
+        """Whole sequences, ids [B, T], as prompts -> hidden states [B, T, D] after each loop."""
+        return self.extend(ids, Cache(self.config, *ids.shape))
+
     def extend(self, ids: Tensor, cache: Cache, starts: list[int] | None = None) -> list[Tensor]:
         """Run all loops over the next c tokens of each sequence, ids [B, c]. -> hidden states [B, c, D] after each.
 

@@ -1,20 +1,12 @@
 """What quality is measured on: text that was not trained on, and arithmetic of graded difficulty, as token ids."""
 
-import importlib.util
 import random
-import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-CORPUS = Path(__file__).parents[3] / "examples" / "tiny" / "corpus.py"  # of the bundled checkpoint
-SUMS_BEFORE = 3  # complete lines before the one to complete
-
-
-class DataError(Exception):
-    """Text or arithmetic is not to be had; the message names what is missing and the mend."""
+from ouro_vllm.evaluation.data import SUMS_BEFORE, corpus
+from ouro_vllm.evaluation.policies import EvalError
 
 
 @dataclass(frozen=True)
@@ -31,21 +23,6 @@ class Sums:
         return max(map(self.answers.count, self.answers)) / len(self.answers)
 
 
-@cache
-def corpus() -> ModuleType:
-    """The module that the bundled checkpoint's training text and arithmetic come from.
-
-    Raises:
-        DataError: the examples are not beside the package.
-    """
-    if not CORPUS.is_file():
-        raise DataError(f"{CORPUS} is not there: run from a checkout of the repository.")
-    spec = importlib.util.spec_from_file_location("ouro_tiny_corpus", CORPUS)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def held_out(tokenizer: Any, text: Path | None, most: int) -> list[int]:
     """Token ids of a text the model has not seen, at most `most`.
 
@@ -53,23 +30,23 @@ def held_out(tokenizer: Any, text: Path | None, most: int) -> list[int]:
     end-of-text token before and after each document.
 
     Raises:
-        DataError: there is no such text, or hardly any.
+        EvalError: there is no such text, or hardly any.
     """
     if text is not None:
         try:
             ids = tokenizer.encode(text.read_text()).ids
         except (OSError, ValueError) as error:
-            raise DataError(f"{text} cannot be read as text: {error}") from None
+            raise EvalError(f"{text} cannot be read as text: {error}") from None
     else:
         end = tokenizer.token_to_id(corpus().END)
         if end is None:
-            raise DataError("Only the bundled checkpoint brings its held-out text: name a file with --text.")
+            raise EvalError("Only the bundled checkpoint brings its held-out text: name a file with --text.")
         ids = [end]
         for document in corpus().library():
             if document.held_out and len(ids) < most:
                 ids += [*tokenizer.encode(document.text).ids, end]
     if len(ids) < 2:
-        raise DataError(f"{text} holds no text to speak of.")
+        raise EvalError(f"{text} holds no text to speak of.")
     return ids[:most]
 
 
@@ -79,7 +56,7 @@ def sums(tokenizer: Any, operators: int, count: int) -> Sums:
     The same for every caller.
 
     Raises:
-        DataError: this tokenizer does not give an answer a token of its own.
+        EvalError: this tokenizer does not give an answer a token of its own.
     """
     dice, made = random.Random(f"sums {operators}"), corpus()
     prompts, answers = [], []
@@ -89,7 +66,7 @@ def sums(tokenizer: Any, operators: int, count: int) -> Sums:
         asked, _, answer = line.rstrip("\n").rpartition(" ")
         prompt, whole = (tokenizer.encode(before + part).ids for part in (asked, f"{asked} {answer}"))
         if whole[:-1] != prompt:
-            raise DataError("The tokenizer splits answers or joins them with the equals sign: sums cannot be scored.")
+            raise EvalError("The tokenizer splits answers or joins them with the equals sign: sums cannot be scored.")
         prompts.append(prompt)
         answers.append(whole[-1])
     return Sums(operators, prompts, answers)

@@ -15,9 +15,11 @@ from ouro_vllm import __version__
 from ouro_vllm.bench import run
 from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, BenchError, Child, stop_all
 from ouro_vllm.bench.exits import curve
-from ouro_vllm.bench.exits.data import DataError, held_out, sizes, sums
+from ouro_vllm.bench.exits.data import held_out, sizes, sums
 from ouro_vllm.bench.exits.policies import FIXED, GATE
 from ouro_vllm.bench.report import into_readme
+from ouro_vllm.evaluation.policies import EvalError
+from ouro_vllm.weights import CheckpointError
 
 FLAGS = {FIXED: "ouro_loops", GATE: "ouro_exit_threshold"}  # what a request says to be served so
 
@@ -47,7 +49,7 @@ def main(plan: Plan, results: run.Results) -> int:
         figures = qualities(plan)
         run.save(figures, results.json)
         speeds(plan, prompts, figures)
-    except (BenchError, DataError) as error:
+    except (BenchError, CheckpointError, EvalError) as error:
         print(error, file=sys.stderr)
         return 1
     run.save(figures, results.json)
@@ -63,20 +65,20 @@ def qualities(plan: Plan) -> dict[str, Any]:
     """Loss and accuracy of every policy at every setting."""
     from tokenizers import Tokenizer
 
-    from ouro_vllm.bench.exits.forward import Forward
     from ouro_vllm.bench.exits.policies import quality, score_sums, score_text, settings
+    from ouro_vllm.evaluation.forward import Looped
 
     folder = Path(plan.speed.model)
     if not (folder / "tokenizer.json").is_file():
         raise BenchError(f"{folder} holds no tokenizer.json: --exit needs a checkpoint's folder.")
-    forward, tokenizer = Forward(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    forward, tokenizer = Looped(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     loops = forward.config.total_ut_steps
-    text = score_text(forward, held_out(tokenizer, plan.text, plan.text_tokens), loops)
+    text = score_text(forward, held_out(tokenizer, plan.text, plan.text_tokens))
     print(f"held-out text: {text.loss.shape[1]} tokens read", flush=True)
     scored, chances = {}, {}
     for operators in sizes():
         found = sums(tokenizer, operators, plan.sums)
-        scored[operators], chances[str(operators)] = score_sums(forward, found, loops), found.chance
+        scored[operators], chances[str(operators)] = score_sums(forward, found), found.chance
     print(f"arithmetic: {plan.sums} expressions of each of {len(scored)} sizes read", flush=True)
     return {
         "model": folder.name,

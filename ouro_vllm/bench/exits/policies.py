@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ouro_vllm.bench.exits.data import Sums
-from ouro_vllm.bench.exits.forward import Forward
+from ouro_vllm.evaluation.forward import Looped
 
 FIXED, GATE, SURE, STILL = "fixed", "gate", "top-1", "change"
 POLICIES = {
@@ -43,13 +43,13 @@ class Scores:
     change: Tensor
 
 
-def score_rows(forward: Forward, states: list[Tensor], targets: Tensor) -> Scores:
+def score_rows(forward: Looped, states: list[Tensor], targets: Tensor) -> Scores:
     """states: R of [n, D], what predicts targets [n]."""
     columns: dict[str, list[Tensor]] = {"loss": [], "right": [], "top": [], "gate": [], "change": []}
     for loop, state in enumerate(states):
         parts = []
         for rows, wanted in zip(state.split(ROWS), targets.split(ROWS), strict=True):
-            logits = forward.readout(rows).log_softmax(-1)
+            logits = forward.logits(rows).log_softmax(-1)
             best, token = logits.max(-1)
             parts.append((F.nll_loss(logits, wanted, reduction="none"), (token == wanted).float(), best.exp()))
         for name, values in zip(("loss", "right", "top"), zip(*parts, strict=True), strict=True):
@@ -61,11 +61,11 @@ def score_rows(forward: Forward, states: list[Tensor], targets: Tensor) -> Score
     return Scores(**{name: torch.stack(values) for name, values in columns.items()})
 
 
-def score_text(forward: Forward, ids: list[int], loops: int) -> Scores:
+def score_text(forward: Looped, ids: list[int]) -> Scores:
     """All tokens but the first, read in windows: each predicted once, with STRIDE tokens or more before it, if any."""
     stream, found = torch.tensor(ids), []
     for done, start, stop in windows(len(ids) - 1):
-        states = [state[0, done - start :] for state in forward.loops(stream[None, start:stop], loops)]
+        states = [state[0, done - start :] for state in forward.read(stream[None, start:stop])]
         found.append(score_rows(forward, states, stream[done + 1 : stop + 1]))
     return joined(found)
 
@@ -79,14 +79,14 @@ def windows(count: int) -> Iterator[tuple[int, int, int]]:
         done = stop
 
 
-def score_sums(forward: Forward, sums: Sums, loops: int) -> Scores:
+def score_sums(forward: Looped, sums: Sums) -> Scores:
     """The answers to expressions of one size."""
     last = torch.tensor([len(prompt) - 1 for prompt in sums.prompts])
     # What is padded on the right is in the future of the position that is read.
     ids = torch.tensor([prompt + [0] * (int(last.max()) + 1 - len(prompt)) for prompt in sums.prompts])
     found = []
     for some in torch.arange(len(ids)).split(32):
-        states = [state[torch.arange(len(some)), last[some]] for state in forward.loops(ids[some], loops)]
+        states = [state[torch.arange(len(some)), last[some]] for state in forward.read(ids[some])]
         found.append(score_rows(forward, states, torch.tensor(sums.answers)[some]))
     return joined(found)
 
