@@ -236,6 +236,10 @@ class LoopPasses(KeyedDraws):
         lanes, chunks, layout, where = [], [], [], 0
         for index, (request, start, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
             state, depth = self.requests[request], self._depths[request]
+            if not self._burst:  # nothing runs ahead of what vLLM schedules
+                chunks.append(Chunk(index, start, count, where, depth.loops))
+                where += count
+                continue
             flight = waves.flight(request, depth.loops, depth.gated)
             claimed = 0
             if discarded[index]:  # a prompt that ends in a later step
@@ -248,7 +252,7 @@ class LoopPasses(KeyedDraws):
             lead = 0 if flight.missing is None else start - flight.missing
             if claimed < count or lead:
                 chunks.append(Chunk(index, start - lead, lead + count - claimed, where, depth.loops, lead))
-            follows = bool(self._burst) and not discarded[index] and speculates(state.sampling_params)
+            follows = not discarded[index] and speculates(state.sampling_params)
             follows = follows and not (self._textbook and depth.gated)
             watch = self._watches.get(request)
             traced = watch is not None and watch.traced
@@ -270,6 +274,8 @@ class LoopPasses(KeyedDraws):
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
+        if not self._burst and len(stages) == 1:
+            return step.chunks_read
         kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
             return kept
@@ -289,16 +295,23 @@ class LoopPasses(KeyedDraws):
         if sharing is None:
             return [sorted(chunks, key=lambda chunk: -chunk.loops)]
         batch, stages = self.input_batch, [[]]
+        resumed = self._scheduled.scheduled_cached_reqs.resumed_req_ids
         for chunk in chunks:
-            prompt = self.requests[batch.req_ids[chunk.index]].num_prompt_tokens
-            for number, (first, end) in enumerate(sharing.runs(chunk.start, chunk.start + chunk.tokens, prompt)):
+            request = batch.req_ids[chunk.index]
+            prompt = self.requests[request].num_prompt_tokens
+            runs = list(sharing.runs(chunk.start, chunk.start + chunk.tokens, prompt))
+            if chunk.start >= prompt and request not in resumed:
+                runs = runs[1:]  # what comes before was computed in earlier steps
+            for number, (first, until) in enumerate(runs):
                 if number == len(stages):
                     stages.append([])
-                for begin, until in sharing.pieces(first, end, prompt):
+                for begin, stop in sharing.pieces(first, until, prompt):
                     where = chunk.where + begin - chunk.start
-                    stages[number].append(Chunk(chunk.index, begin, until - begin, where, chunk.loops))
-        resumed = self._scheduled.scheduled_cached_reqs.resumed_req_ids
-        if len(stages) > 1 or (stages[0] and resumed):
+                    stages[number].append(Chunk(chunk.index, begin, stop - begin, where, chunk.loops))
+        generated = any(
+            chunk.start + chunk.tokens > self.requests[batch.req_ids[chunk.index]].num_prompt_tokens for chunk in chunks
+        )
+        if self._burst and (generated or (chunks and resumed)):
             stages.append([])
         return stages
 

@@ -22,6 +22,27 @@ from ouro_vllm.wavefront.flight import Row
 from ouro_vllm.wavefront.waves import Chunk
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a pass of S sequences with N tokens in all has in common with one that runs their next loop.
+
+    lanes, lane: batch rows [S]. ends: behind their last positions. counts: tokens of each. width: blocks of the
+    longest. starts_at: where their windows begin; before: whether a block [S, width] lies before that, None if none
+    does. sequence: of each token [N]. fields: of vLLM's CommonAttentionMetadata, all but block
+    table and slots.
+    """
+
+    lanes: list[int]
+    ends: list[int]
+    counts: list[int]
+    lane: torch.Tensor
+    width: int
+    starts_at: list[int]
+    before: torch.Tensor | None
+    sequence: torch.Tensor
+    fields: dict[str, Any]
+
+
 @dataclass
 class Step:
     """What stays the same over all passes of an engine step.
@@ -29,7 +50,9 @@ class Step:
     tables: block ids [G, B, W], int32, of loop g + 1, batch row b, block w; under sharing the last is what is shared.
     prompts: tokens in the prompt, per batch row; read under sharing only.
     chunk_ids: token ids [C] of all chunks, in their order, deepest first; chunk_hidden: their hidden states [C, D]
-        after the passes they were in. exits: where the gate lets them go, if it is asked for any.
+        after the passes they were in. exits: where the gate lets them go, if it is asked for any. lockstep: of the
+        last pass, if it was of chunks alone, its layout and the blocks of all loops (see `Passes._blocks`); chunks only
+        ever leave, so that it holds as long as their number does.
     """
 
     tables: torch.Tensor
@@ -37,6 +60,7 @@ class Step:
     chunk_ids: torch.Tensor | None = None
     chunk_hidden: torch.Tensor | None = None
     exits: ExitPick | None = None
+    lockstep: tuple[Layout, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def chunks_read(self) -> torch.Tensor | None:
@@ -82,64 +106,31 @@ class Passes:
         """See `waves.Machine`. Hidden states of rows are read from and written to the pool at their slots."""
         step = self.step
         assert step is not None
-        plan = torch.tensor(
-            [
-                [index for index, _ in rows] + [chunk.index for chunk in chunks],
-                [row.depth for _, row in rows] + [loop - 1] * len(chunks),
-                [row.position + 1 for _, row in rows] + [chunk.start + chunk.tokens for chunk in chunks],
-                [row.slot for _, row in rows] + [0] * len(chunks),
-            ],
-            dtype=torch.int64,
-        )
-        longest = max(
-            max((row.position + 1 for _, row in rows), default=0),
-            max((chunk.start + chunk.tokens for chunk in chunks), default=0),
-        )
-        on_device = plan.to(self.device, non_blocking=True)
-        lane, depth, length, slots = on_device.unbind(0)
-        slots = slots[: len(rows)]
-
-        new = [(row.slot, row.token) for _, row in rows if row.depth == 0]
-        if new:
-            places = torch.tensor(new, dtype=torch.int64).to(self.device, non_blocking=True)
-            self.pool[places[:, 0]] = self.embed(places[:, 1])
-        hidden = self.pool[slots]
-        width, starts_at = -(-longest // self.block_size), self._window_starts(plan[0], plan[2])
-        table = self._tables(starts_at, depth, lane, width)
-
-        counts = [1] * len(rows) + [chunk.tokens for chunk in chunks]
+        depths = [row.depth for _, row in rows] + [loop - 1] * len(chunks)
+        if rows:
+            layout, step.lockstep = self._layout(rows, chunks), None
+            apart = torch.tensor([depths, [row.slot for _, row in rows] + [0] * len(chunks)])
+            depth, slots = apart.to(self.device, non_blocking=True).unbind(0)
+            slots = slots[: len(rows)]
+            table, written = self._blocks(layout, depth)
+            new = [(row.slot, row.token) for _, row in rows if row.depth == 0]
+            if new:
+                places = torch.tensor(new, dtype=torch.int64).to(self.device, non_blocking=True)
+                self.pool[places[:, 0]] = self.embed(places[:, 1])
+            hidden = self.pool[slots]
+        else:
+            if step.lockstep is None or len(step.lockstep[0].lanes) != len(chunks):
+                layout = self._layout((), chunks)
+                step.lockstep = layout, *self._blocks(layout, slice(self.loops))
+            layout, table, written = step.lockstep
+            table, written = table[loop - 1], written[loop - 1]
         if chunks:
             if loop == 1:
                 step.chunk_hidden = self.embed(step.chunk_ids)
             running = sum(chunk.tokens for chunk in chunks)  # of the first chunks; those behind are done
-            hidden = torch.cat([hidden, step.chunk_hidden[:running]])
-            many = torch.tensor(counts, dtype=torch.int64)
-            starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
-            starts[1:] = many.cumsum(0)
-            sequence = torch.repeat_interleave(torch.arange(len(counts)), many)
-            offset = torch.arange(int(starts[-1])) - starts[sequence]
-            positions = (plan[2] - many)[sequence] + offset
-            sequence, positions = sequence.to(self.device), positions.to(self.device)
-        else:
-            starts = torch.arange(len(rows) + 1, dtype=torch.int32)
-            positions, sequence = length - 1, None
-        block = positions // self.block_size
-        blocks = table.gather(1, block[:, None])[:, 0] if sequence is None else table[sequence, block]
-        fields = dict(
-            query_start_loc=starts.to(self.device, non_blocking=True),
-            query_start_loc_cpu=starts,
-            seq_lens=length.to(torch.int32),
-            seq_lens_cpu_upper_bound=plan[2].to(torch.int32),
-            num_reqs=len(counts),
-            num_actual_tokens=positions.shape[0],
-            max_query_len=max(counts),
-            max_seq_len=longest,
-            block_table_tensor=table,
-            slot_mapping=blocks.to(torch.int64) * self.block_size + positions % self.block_size,
-            positions=positions,
-            is_prefilling=torch.tensor([count > 1 for count in counts]),
-        )
-        output = self.model(positions, hidden, self._common(fields, plan, counts, starts_at, width))
+            chunk_hidden = step.chunk_hidden[:running]
+            hidden = torch.cat([hidden, chunk_hidden]) if rows else chunk_hidden
+        output = self.model(layout.fields["positions"], hidden, self._common(layout, depths, table, written))
         if rows:
             self.pool[slots] = output[: len(rows)]
         if chunks:
@@ -158,49 +149,78 @@ class Passes:
             self.departed[places[0]] = output[places[1]]
         return tokens
 
-    def _window_starts(self, lanes: torch.Tensor, ends: torch.Tensor) -> list[int]:
-        """Where the windows of N sequences begin, of batch rows `lanes`, whose last positions are `ends` - 1."""
-        step, sharing = self.step, self.sharing
-        if sharing is None:
-            return [0] * len(lanes)
-        lengths = step.prompts
-        return [
-            sharing.start(end - 1, lengths[index]) for index, end in zip(lanes.tolist(), ends.tolist(), strict=True)
-        ]
+    def _layout(self, rows: Sequence[tuple[int, Row]], chunks: Sequence[Chunk]) -> Layout:
+        """Of rows and chunks, in this order."""
+        lanes = [index for index, _ in rows] + [chunk.index for chunk in chunks]
+        ends = [row.position + 1 for _, row in rows] + [chunk.start + chunk.tokens for chunk in chunks]
+        counts = [1] * len(rows) + [chunk.tokens for chunk in chunks]
+        plan = torch.tensor([lanes, ends], dtype=torch.int64)
+        lane, length = plan.to(self.device, non_blocking=True).unbind(0)
+        if max(counts) > 1:
+            many = torch.tensor(counts, dtype=torch.int64)
+            starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
+            starts[1:] = many.cumsum(0)
+            of = torch.repeat_interleave(torch.arange(len(counts)), many)
+            at = (plan[1] - many)[of] + torch.arange(int(starts[-1])) - starts[of]
+            sequence, positions = of.to(self.device), at.to(self.device)
+        else:
+            starts = torch.arange(len(counts) + 1, dtype=torch.int32)
+            sequence, positions = torch.arange(len(counts), device=self.device), length - 1
+        starts_at, before = [0] * len(lanes), None
+        if self.sharing is not None:
+            prompts = self.step.prompts
+            starts_at = [self.sharing.start(end - 1, prompts[index]) for index, end in zip(lanes, ends, strict=True)]
+        width = -(-max(ends) // self.block_size)
+        if any(starts_at):
+            before = torch.arange(width) < torch.tensor(starts_at)[:, None] // self.block_size
+            before = before.to(self.device, non_blocking=True)
+        fields = dict(
+            query_start_loc=starts.to(self.device, non_blocking=True),
+            query_start_loc_cpu=starts,
+            seq_lens=length.to(torch.int32),
+            seq_lens_cpu_upper_bound=plan[1].to(torch.int32),
+            num_reqs=len(counts),
+            num_actual_tokens=positions.shape[0],
+            max_query_len=max(counts),
+            max_seq_len=max(ends),
+            positions=positions,
+            is_prefilling=torch.tensor([count > 1 for count in counts]),
+        )
+        return Layout(lanes, ends, counts, lane, width, starts_at, before, sequence, fields)
 
-    def _tables(self, starts_at: list[int], depth: torch.Tensor, lane: torch.Tensor, width: int) -> torch.Tensor:
-        """Block ids [N, width] that N sequences read: shared ones before their windows, then their own.
+    def _blocks(self, layout: Layout, depth: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block ids [S, width] that sequences read, each at its `depth` + 1, and slots [N] that their tokens write.
 
-        depth, lane: loop - 1 and batch row on the device.
+        Shared blocks before their windows, then their own. Of several depths at once, a slice: one more dimension.
         """
-        own = self.step.tables[depth, lane, :width]
-        if not any(starts_at):
-            return own
-        before = torch.arange(width) < torch.tensor(starts_at)[:, None] // self.block_size
-        return torch.where(before.to(self.device, non_blocking=True), self.step.tables[-1, lane, :width], own)
+        tables, positions = self.step.tables, layout.fields["positions"]
+        table = tables[depth, layout.lane, : layout.width]
+        if layout.before is not None:
+            table = torch.where(layout.before, tables[-1, layout.lane, : layout.width], table)
+        blocks = table[..., layout.sequence, positions // self.block_size].to(torch.int64)
+        return table, blocks * self.block_size + positions % self.block_size
 
     def _common(
-        self, fields: dict[str, Any], plan: torch.Tensor, counts: list[int], starts_at: list[int], width: int
+        self, layout: Layout, depths: list[int], table: torch.Tensor, written: torch.Tensor
     ) -> CommonAttentionMetadata:
         """vLLM's metadata of a pass; for our kernels with every loop's tables and what each query reads.
 
-        fields: of vLLM's. plan: as in `run`. counts: queries per sequence.
+        depths: loop - 1 per sequence. table, written: see `_blocks`.
         """
+        fields = dict(layout.fields, block_table_tensor=table, slot_mapping=written)
         if not self.kernels:
             return CommonAttentionMetadata(**fields)
         from ouro_vllm.kernels.backend import LoopCommonMetadata
 
-        lane, depth, end, _ = (column.numpy() for column in plan)
-        many = np.array(counts)
+        tables, many = self.step.tables, np.array(layout.counts)
         offset = np.arange(many.sum()) - np.repeat(many.cumsum() - many, many)
-        tables = self.step.tables
         return LoopCommonMetadata(
             **fields,
-            tables=tables[:, :, :width],
-            request=np.repeat(lane, many),
-            own=np.repeat(depth, many),
-            position=np.repeat(end - many, many) + offset,
-            window_start=np.repeat(np.array(starts_at), many),
+            tables=tables[:, :, : layout.width],
+            request=np.repeat(np.array(layout.lanes), many),
+            own=np.repeat(np.array(depths), many),
+            position=np.repeat(np.array(layout.ends) - many, many) + offset,
+            window_start=np.repeat(np.array(layout.starts_at), many),
             shared=[tables.shape[0] - 1] * tables.shape[1],
         )
 
