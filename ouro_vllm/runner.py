@@ -259,7 +259,7 @@ class LoopPasses(KeyedDraws):
             lookup = self._ready_lookup(request, state.sampling_params)
             # What follows a prompt reads the shared keys and values of that prompt, which are not there yet.
             waits = self._sharing is not None and start < state.num_prompt_tokens
-            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup, traced, waits))
+            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup, traced, waits, self._pace.guesses))
             layout += range(where + count - claimed, where + count)
             where += count
         stages = self._stages(chunks)

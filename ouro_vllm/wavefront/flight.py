@@ -34,7 +34,7 @@ class Row:
     heard: its readouts, one per loop from that one on.
     said: (probability, the exit gate's lambda) of each readout, where somebody asked for them.
     memo: what the machine wants to remember as long as the row is there.
-    guessed: its token came from a lookup, not from a readout.
+    guessed: its token came from a lookup, not from a readout: its place among those of one pass, from 1 on, or 0.
     exit: the loop whose readout the gate let decide, 0 before and without a gate; set by the machine.
     staying: chance, by the gate, of not having left yet.
     """
@@ -47,7 +47,7 @@ class Row:
     heard: list[int] = field(default_factory=list)
     said: list[tuple[float, float]] = field(default_factory=list)
     memo: object = None
-    guessed: bool = False
+    guessed: int = 0
     exit: int = 0
     staying: float = 1.0
 

@@ -1,8 +1,8 @@
 """How eager the wavefront is, chosen from measured figures.
 
 The choice is `entry`: how many loops a row must have run before its readout is fed. 1 commits most per pass of what
-early loops draft and runs the most rows; 0 adds guesses from the request's own text (`lookup`); R feeds only decided
-tokens: plain decoding, with the passes of several tokens in one engine step.
+early loops draft and runs the most rows; 0 adds guesses from the request's own text (`lookup`), one per pass or more;
+R feeds only decided tokens: plain decoding, with the passes of several tokens in one engine step.
 Rows are nearly free while a pass is bound by reading weights and cost time in proportion once it is bound by computing,
 so the best choice depends on the machine, the model and the batch. Pure Python.
 """
@@ -16,7 +16,8 @@ from ouro_vllm.wavefront.waves import GUESSES, Counts
 LATEST = 31  # passes that a median is taken over
 TOKENS = 2000.0  # finished rows that the agreement is averaged over
 PRIOR = 16.0  # weight, in rows, of the agreement assumed before any was seen
-GUESSED = 0.4  # lookups per token assumed before any was made, half of them right
+GUESSED = 0.4  # lookups per token assumed before any was made, fewer by place, half of them right
+SAVED = 0.7  # passes that a right lookup saves: 0.72 on the bundled checkpoint with 1, 2, 3 or 5 per pass
 GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
 
@@ -25,11 +26,12 @@ LOOK = 64  # steps between looks at how another entry does
 class Pace:
     """What the scheduler decides and ships with its output, so that all ranks do the same.
 
-    entry: see `Lane`. passes: of the burst after this step.
+    entry, guesses: see `Lane`. passes: of the burst after this step.
     """
 
     entry: int
     passes: int
+    guesses: int = GUESSES
 
 
 @dataclass
@@ -50,9 +52,10 @@ class StepReport:
 def passes_per_token(settled: list[float], entry: int, hits: float = 0.0) -> float:
     """Of a long answer. settled: chance, per loop from the first, that a readout is final from there on.
 
-    hits: share of tokens that a lookup guesses right; each saves the pass before the readout, where entry is 0.
+    hits: share of tokens that a lookup guesses right; most save the pass before the readout, where entry is 0.
     """
-    return sum(chance * max(entry, loop) for loop, chance in enumerate(settled, 1)) - (hits if entry == 0 else 0.0)
+    saved = SAVED * hits if entry == 0 else 0.0
+    return sum(chance * max(entry, loop) for loop, chance in enumerate(settled, 1)) - saved
 
 
 def rows_per_token(settled: list[float], entry: int, misses: float = 0.0) -> float:
@@ -125,9 +128,11 @@ class Pacer:
     def __post_init__(self) -> None:
         weights = [1.0 / (loop + 1) ** 2 for loop in range(self.loops)]
         self.settled = [PRIOR * weight / sum(weights) for weight in weights]
-        self.looked = PRIOR  # finished rows of steps that looked up
-        self.guesses, self.hits = GUESSED * PRIOR, GUESSED * PRIOR / 2
-        self.entry = 0 if self.fixed is None else self.fixed
+        # Lookups by their place in a pass, finished rows of which there are so many lookups, and right ones.
+        self.looked = [PRIOR] * GUESSES
+        self.guesses = [GUESSED * PRIOR / place for place in range(1, GUESSES + 1)]
+        self.hits = [count / 2 for count in self.guesses]
+        self.entry, self.most = 0 if self.fixed is None else self.fixed, GUESSES
         self.steps = 0
 
     def learn(self, report: StepReport) -> None:
@@ -137,41 +142,47 @@ class Pacer:
             self.cost.learn(rows, seconds)
         for loop, count in enumerate(counts.settled):
             self.settled[loop] += count
-        if counts.guesses:  # only steps that looked up say how well that goes
-            self.guesses += counts.guesses
-            self.hits += counts.hits
-            self.looked += counts.finished
+        for place, looked in enumerate(counts.looked):
+            self.looked[place] += looked
+            self.guesses[place] += counts.guesses[place]
+            self.hits[place] += counts.hits[place]
+            if self.looked[place] > TOKENS:
+                share = TOKENS / self.looked[place]
+                for sums in (self.looked, self.guesses, self.hits):
+                    sums[place] *= share
         total = sum(self.settled)
         if total > TOKENS:
             self.settled = [count * TOKENS / total for count in self.settled]
-        if self.looked > TOKENS:
-            share = TOKENS / self.looked
-            self.guesses, self.hits, self.looked = self.guesses * share, self.hits * share, TOKENS
 
     def chances(self) -> list[float]:
         """Per loop from the first: how often a readout was final from that loop on."""
         total = sum(self.settled)
         return [count / total for count in self.settled]
 
-    def seconds_per_token(self, entry: int, lanes: int) -> float:
+    def seconds_per_token(self, entry: int, guesses: int, lanes: int) -> float:
         """Expected time per step in which each of `lanes` requests gets one token."""
-        chances, hits = self.chances(), self.hits / self.looked
-        passes = max(passes_per_token(chances, entry, hits), 1 / (1 + GUESSES))
-        misses = max(0.0, self.guesses / self.looked - hits)
+        chances = self.chances()
+        hits, made = (
+            sum(count / looked for count, looked in zip(counts[:guesses], self.looked, strict=False))
+            for counts in (self.hits, self.guesses)
+        )
+        passes = max(passes_per_token(chances, entry, hits), 1 / (1 + guesses))
+        misses = max(0.0, made - hits)
         return passes * self.cost.of(lanes * rows_per_token(chances, entry, misses) / passes)
 
     def decide(self, lanes: int, hurry: bool) -> Pace:
         """lanes: requests that decode. hurry: someone waits for the next step, so no burst may come before it."""
         if self.fixed is not None or not lanes:
-            return Pace(self.entry, 0 if hurry else self.passes)
-        times = {entry: self.seconds_per_token(entry, lanes) for entry in range(self.loops + 1)}
+            return Pace(self.entry, 0 if hurry else self.passes, self.most)
+        ways = [(0, GUESSES), (0, 1), *((entry, GUESSES) for entry in range(1, self.loops + 1))]
+        times = {way: self.seconds_per_token(*way, lanes) for way in ways}
         best = min(times, key=times.__getitem__)
-        if times[best] < (1 - GAIN) * times[self.entry]:
-            self.entry = best
+        if times[best] < (1 - GAIN) * times[self.entry, self.most]:
+            self.entry, self.most = best
         self.steps += 1
-        entry = self.entry
+        entry, most = self.entry, self.most
         if self.steps % LOOK == 0:
             # Agreement is only heard of where every readout is fed, hits where lookups are, costs where passes run.
             others = [1, min(entry + 1, self.loops), 0]
-            entry = others[self.steps // LOOK % len(others)]
-        return Pace(entry, 0 if hurry else self.passes)
+            entry, most = others[self.steps // LOOK % len(others)], GUESSES
+        return Pace(entry, 0 if hurry else self.passes, most)

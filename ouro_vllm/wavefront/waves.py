@@ -25,6 +25,7 @@ class Lane:
     lookup: what has been committed, if entry may be 0, or a draft to be followed.
     traced: whether rows are read at every loop, however late readouts are fed.
     waits: True where nothing may follow in `Waves.forward`, only in a burst.
+    guesses: rows that may enter on a lookup in one pass, GUESSES at most.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Lane:
     lookup: Lookup | None = None
     traced: bool = False
     waits: bool = False
+    guesses: int = GUESSES
 
 
 @dataclass(slots=True)
@@ -77,8 +79,10 @@ class Counts:
     dropped: int = 0  # rows that left because a deeper readout disagreed with their token
     restarts: int = 0  # times that followers left because a deeper readout disagreed
     finished: int = 0  # rows that were decided: by their last loop, or by the gate before it
-    guesses: int = 0  # rows that entered on a lookup
-    hits: int = 0  # of the finished: entered on a lookup
+    # By place among the guesses of one pass, from the first:
+    guesses: list[int] = field(default_factory=list)  # rows that entered on a lookup
+    hits: list[int] = field(default_factory=list)  # of the finished: entered on a lookup
+    looked: list[int] = field(default_factory=list)  # finished, all of them, where so many guesses could enter
     agreed: list[int] = field(default_factory=list)  # of the finished: readout at loop r + 1 was the one that decided
     judged: list[int] = field(default_factory=list)  # of the finished: there was a readout at loop r + 1
     settled: list[int] = field(default_factory=list)  # of the finished and read at every loop: settled by loop r + 1
@@ -87,9 +91,9 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Take in another's sums; its single passes (`shapes`) are not kept."""
-        for name in ("passes", "rows", "dropped", "lane_passes", "restarts", "finished", "guesses", "hits", "seconds"):
+        for name in ("passes", "rows", "dropped", "lane_passes", "restarts", "finished", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("agreed", "judged", "settled"):
+        for name in ("agreed", "judged", "settled", "guesses", "hits", "looked"):
             mine, theirs = getattr(self, name), getattr(other, name)
             mine += [0] * (len(theirs) - len(mine))
             for loop, count in enumerate(theirs):
@@ -117,9 +121,11 @@ class Waves:
         self.flights: dict[str, Flight] = {}
         self.free = list(range(slots_needed(loops, passes, requests)))
         self.counts = self._fresh()
+        self.guessing = 0  # guesses that could enter in the latest pass
 
     def _fresh(self) -> Counts:
-        return Counts(agreed=[0] * self.loops, judged=[0] * self.loops, settled=[0] * self.loops)
+        names, places = ("agreed", "judged", "settled"), ("guesses", "hits", "looked")
+        return Counts(**{name: [0] * self.loops for name in names}, **{name: [0] * GUESSES for name in places})
 
     def report(self) -> Counts:
         """What was counted since the last call."""
@@ -210,7 +216,7 @@ class Waves:
         """One pass of everything that has loops to run. Returns whether there was anything."""
         rows: list[tuple[Lane, Row]] = []
         read: list[int] = []
-        busy = bool(chunks)
+        busy, self.guessing = bool(chunks), 0
         for lane in lanes:
             flight, speculates = lane.flight, lane.speculates and follow and not lane.waits
             entry = min(lane.entry, flight.loops)
@@ -221,7 +227,9 @@ class Waves:
                     flight.board(self.free.pop(), *boarding)
             # Not under the gate: rows that enter together could all be committed at loop 1, and trail without bound.
             if speculates and lane.lookup is not None and not flight.gated:
-                self._guess(flight, lane.lookup, by_text=entry == 0)
+                by_text = lane.guesses if entry == 0 else 0
+                self.guessing = max(self.guessing, by_text)
+                self._guess(flight, lane.lookup, by_text)
             rows += [(lane, row) for row in flight.trail]
             last = len(flight.rows) - 1
             for index, row in enumerate(flight.rows):
@@ -245,25 +253,27 @@ class Waves:
                 self.free += [row.slot for row in left]
         return True
 
-    def _guess(self, flight: Flight, lookup: Lookup, by_text: bool) -> None:
+    def _guess(self, flight: Flight, lookup: Lookup, by_text: int) -> None:
         """Let guesses enter behind a row that enters itself, all to run the first loop in this pass.
 
-        by_text: not only what a draft says.
+        by_text: the first so many not only by what a draft says.
         """
-        for _ in range(GUESSES):
+        for place in range(1, GUESSES + 1):
             newest = flight.rows[-1] if flight.rows else None
             if newest is None or newest.depth or newest.position + 1 >= flight.end or len(flight.rows) >= self.most:
                 return
             token = lookup.follow(flight.rows)
-            guessed = token is None and by_text
+            guessed = token is None and place <= by_text
             if guessed:
                 before = flight.rows[0].position
                 known = lookup.tokens[max(0, before - LONGEST) : before]
                 token = lookup.guess(known + flight.tail(LONGEST))
             if token is None or newest.token in flight.stops or token in flight.stops:
                 return
-            flight.board(self.free.pop(), newest.position + 1, token).guessed = guessed
-            self.counts.guesses += guessed
+            row = flight.board(self.free.pop(), newest.position + 1, token)
+            if guessed:
+                row.guessed = place
+                self.counts.guesses[place - 1] += 1
 
     def _run(self, rows: Sequence[tuple[Lane, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int) -> None:
         began = perf_counter()
@@ -289,7 +299,10 @@ class Waves:
     def _finished(self, row: Row) -> None:
         counts, heard = self.counts, row.heard
         counts.finished += 1
-        counts.hits += row.guessed
+        for place in range(self.guessing):
+            counts.looked[place] += 1
+        if row.guessed:
+            counts.hits[row.guessed - 1] += 1
         first = row.since - 1
         if first + len(heard) != row.depth:  # not read up to the last loop: textbook drafts
             return
