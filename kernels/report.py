@@ -123,13 +123,9 @@ def _cases(kernel: str, dtype: str, head_size: int, target: GPUTarget) -> Iterat
         query = torch.zeros(rows, heads, head_size, dtype=compute)
         if kernel == "kv_fold":
             blocks = torch.zeros(2, 4, dtype=torch.int32)
-            yield from (("", case) for case in kv_fold.prepare(key_cache, value_cache, blocks, blocks[:, 0]))
+            yield "", kv_fold.prepare(key_cache, value_cache, blocks, blocks[:, 0])
         elif kernel == "kv_write":
-            key, slots = query[:, :kv_heads], torch.zeros(rows, dtype=torch.int64)
-            angles = torch.zeros(64, head_size, dtype=compute)
-            write = (key, key, key_cache, value_cache, slots, 1.0, 1.0)
-            yield from ((", plain", case) for case in kv_write.prepare(*write))
-            yield from ((", RoPE", case) for case in kv_write.prepare(*write, query, slots, angles))
+            yield "", kv_write.prepare(query, query, key_cache, value_cache, torch.zeros(rows, dtype=torch.int64))
         else:
             tables = torch.zeros(4, rows, 16, dtype=torch.int32)
             grouped = f", {group} to 1" if group > 1 else ""
