@@ -65,12 +65,17 @@ class Launch:
     def run(self) -> None:
         """Start it on the current device and stream."""
         if all(self.grid):
-            self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+            self.kernel[self.grid](*self.arguments, **self._keywords)
 
     def compile(self, target: GPUTarget) -> Any:
         """Triton's CompiledKernel for `target`, specialised on these very arguments; needs no device, runs nothing."""
         with _pretended(target):
-            return self.kernel.warmup(*self.arguments, grid=self.grid, **self.constants, **self.options)
+            return self.kernel.warmup(*self.arguments, grid=self.grid, **self._keywords)
+
+    @property
+    def _keywords(self) -> dict[str, Any]:
+        # Triton 3.10 no longer fuses a product and a sum unasked.
+        return self.constants | {"enable_fp_fusion": True} | self.options
 
 
 class _NoDevice:

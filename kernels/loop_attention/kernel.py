@@ -67,6 +67,8 @@ def prepare(
     )
     if not native:
         key_cache, value_cache = fp8.codes(key_cache), fp8.codes(value_cache)
+    if not kind:
+        k_scale = v_scale = 1.0
     rows, heads, padded = plan.rows.shape[1], plan.heads, triton.next_power_of_2(plan.head_size)
     constants = {"HEADS": heads, "HEAD": plan.head_size, "HEAD_PAD": padded}
     launches = []
