@@ -62,11 +62,11 @@ def prepare(
     """What `loop_attention` runs. target: by default this machine's device."""
     kind, target = _check(query, key_cache, value_cache, tables, plan, out), target or current_target()
     # Triton converts OCP e4m3 where CUDA does (8.9 and newer), AMD's where the unit does (gfx942).
-    native = (kind == 1 and target.backend == "cuda" and int(target.arch) >= 89) or (
-        kind == 2 and target.backend == "hip" and str(target.arch).startswith("gfx94")
-    )
+    hip, arch = target.backend == "hip", str(target.arch)
+    native = kind == 2 and arch.startswith("gfx94") if hip else kind == 1 and int(arch) >= 89
     if not native:
         key_cache, value_cache = fp8.codes(key_cache), fp8.codes(value_cache)
+    # Plain floats are stored as they are.
     if not kind:
         k_scale = v_scale = 1.0
     rows, heads, padded = plan.rows.shape[1], plan.heads, triton.next_power_of_2(plan.head_size)
@@ -115,15 +115,13 @@ def prepare(
                 "WIDE": triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
             },
             # Left alone, ptxas spills a few registers for the sake of occupancy.
-            {"num_warps": shape.warps, "num_stages": shape.stages}
-            | ({"maxnreg": 255} if target.backend == "cuda" else {}),
+            {"num_warps": shape.warps, "num_stages": shape.stages} | ({} if hip else {"maxnreg": 255}),
         )
         launches.append(attend)
         if split:
             combine = (out, sums, stats, plan.rows, tiles.table, *out.stride())
-            launches.append(
-                Launch(_combine, (tiles.table.shape[0], heads), combine, constants | {"SPLITS": tiles.splits})
-            )
+            most = constants | {"SPLITS": tiles.splits}
+            launches.append(Launch(_combine, (tiles.table.shape[0], heads), combine, most))
     return launches
 
 
