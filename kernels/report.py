@@ -7,12 +7,17 @@ Bytes per decode step are computed, and set against published peaks: estimates, 
 """
 
 import argparse
+import itertools
+import os
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import msgspec
@@ -35,6 +40,8 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 PEAKS = {"H100": 3.35e12, "MI300X": 5.3e12}
 DTYPES = ("bfloat16", "float16", "float32", "fp8")
 HEAD_SIZES = (64, 80, 128, 256)
+# Query heads to a KV head.
+GROUPS = (1, 4)
 KERNELS = ("loop_attention", "kv_write", "kv_fold")
 
 
@@ -82,58 +89,53 @@ OURO_1_4B = Looped(hidden=2048, layers=24, intermediate=5632, kv_heads=16, head_
 
 
 def usages(
-    targets: Sequence[str], kernels: Sequence[str], dtypes: Sequence[str], sizes: Sequence[int]
+    targets: Sequence[str], kernels: Sequence[str], dtypes: Sequence[str], sizes: Sequence[int], jobs: int = 1
 ) -> Iterator[Usage]:
-    """Compiles everything asked for, one after the other.
+    """Compiles everything asked for, in `jobs` processes; yields in the order of the arguments.
 
     Raises:
         RuntimeError: Triton's interpreter is on, which compiles nothing.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled under the interpreter. Unset it.")
-    for name in targets:
-        target = TARGETS[name]
-        for kernel in kernels:
-            for dtype in dtypes:
-                for size in sizes:
-                    for label, launch in _cases(kernel, dtype, size, target):
-                        registers, spilled, shared = _resources(launch.compile(target), target)
-                        yield Usage(
-                            launch.kernel.__name__.strip("_"),
-                            f"{dtype}, head {size}{label}",
-                            name,
-                            registers,
-                            spilled,
-                            shared,
-                            SHARED_LIMIT[name],
-                        )
+    parts = zip(*itertools.product(targets, kernels, dtypes, sizes), strict=True)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        for found in (pool.map if pool else map)(_usages, *parts):
+            yield from found
+
+
+def _usages(name: str, kernel: str, dtype: str, size: int) -> list[Usage]:
+    target, found = TARGETS[name], {}
+    for label, launch in _cases(kernel, dtype, size, target):
+        compiled = launch.compile(target)
+        # Not all that sets two calls apart is there for the compiler to see.
+        if compiled.hash not in found:
+            what = launch.kernel.__name__.strip("_"), f"{dtype}, head {size}{label}", name
+            found[compiled.hash] = Usage(*what, *_resources(compiled, target), SHARED_LIMIT[name])
+    return list(found.values())
 
 
 def _cases(kernel: str, dtype: str, head_size: int, target: GPUTarget) -> Iterator[tuple[str, Launch]]:
     """Calls of a kernel as a server makes them: (what sets it apart, launch)."""
-    hip = target.backend == "hip"
-    stored = (torch.float8_e4m3fnuz if hip else torch.float8_e4m3fn) if dtype == "fp8" else getattr(torch, dtype)
-    compute = torch.bfloat16 if dtype == "fp8" else stored
-    heads, block_size = 16, 16
-    for group in (1, 4) if kernel == "loop_attention" else (1,):
-        kv_heads = heads // group
-        pool = torch.zeros(8, kv_heads, block_size, 2 * head_size, dtype=stored)
-        key_cache, value_cache = pool.transpose(1, 2).split(head_size, dim=-1)
-        rows = 256
-        query = torch.zeros(rows, heads, head_size, dtype=compute)
+    eight = torch.float8_e4m3fnuz if target.backend == "hip" else torch.float8_e4m3fn
+    stored = eight if dtype == "fp8" else getattr(torch, dtype)
+    # A cache of eight bits goes with queries, keys and values of any type.
+    for compute, group in itertools.product(DTYPES[:-1] if dtype == "fp8" else [dtype], GROUPS):
+        rows, heads, block_size = 64, 16, 16
+        pool = torch.zeros(8, heads // group, block_size, 2 * head_size, dtype=stored)
+        caches = pool.transpose(1, 2).split(head_size, dim=-1)
+        query = torch.zeros(rows, heads, head_size, dtype=getattr(torch, compute))
+        grouped = f", {group} to 1" if group > 1 else ""
+        of = (f" of {compute}" if dtype == "fp8" else "") + grouped
         if kernel == "kv_fold":
             blocks = torch.zeros(2, 4, dtype=torch.int32)
-            yield from (("", case) for case in kv_fold.prepare(key_cache, value_cache, blocks, blocks[:, 0]))
+            yield grouped, kv_fold.prepare(*caches, blocks, blocks[:, 0])
         elif kernel == "kv_write":
-            key, slots = query[:, :kv_heads], torch.zeros(rows, dtype=torch.int64)
-            angles = torch.zeros(64, head_size, dtype=compute)
-            write = (key, key, key_cache, value_cache, slots, 1.0, 1.0)
-            yield from ((", plain", case) for case in kv_write.prepare(*write))
-            yield from ((", RoPE", case) for case in kv_write.prepare(*write, query, slots, angles))
+            key = query[:, : heads // group]
+            yield of, kv_write.prepare(key, key, *caches, torch.zeros(rows, dtype=torch.int64))
         else:
             tables = torch.zeros(4, rows, 16, dtype=torch.int32)
-            grouped = f", {group} to 1" if group > 1 else ""
-            for many in (False, True):
+            for many, splits in itertools.product((False, True), (1, loop_attention.MOST_SPLITS)):
                 plan = loop_attention.plan(
                     [0] * rows if many else range(rows),
                     [0] * rows,
@@ -141,18 +143,16 @@ def _cases(kernel: str, dtype: str, head_size: int, target: GPUTarget) -> Iterat
                     [0] * rows,
                     [0] * rows,
                     heads=heads,
-                    kv_heads=kv_heads,
+                    kv_heads=heads // group,
                     head_size=head_size,
-                    dtype=compute,
+                    dtype=query.dtype,
                     device="cpu",
-                    splits=1 if many else 8,
+                    splits=splits,
                     target=target,
                 )
-                call = loop_attention.prepare(
-                    query, key_cache, value_cache, tables, plan, 1.0, 1.0, 1.0, query, target=target
-                )
-                label = (", many rows" if many else ", few rows") + grouped
-                yield from ((label, case) for case in call)
+                label = f", {'many' if many else 'few'} rows{of}{', split' if splits > 1 else ''}"
+                for launch in loop_attention.prepare(query, *caches, tables, plan, 1.0, 1.0, 1.0, query, target=target):
+                    yield label, launch
 
 
 def _resources(compiled: Any, target: GPUTarget) -> tuple[int, int, int]:
@@ -247,25 +247,31 @@ def estimates(model: Looped, contexts: Sequence[int], window: int, rate: float) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints both tables; 1 if a kernel spills or wants more shared memory than there is."""
+    """Prints what is compiled as it comes, a summary, and the estimates; 1 if a kernel does not fit."""
     parser = argparse.ArgumentParser(prog="python -m ouro_vllm.kernels.report", description=__doc__)
     for name, choices in (("targets", TARGETS), ("kernels", KERNELS), ("dtypes", DTYPES)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(choices))
     parser.add_argument("--head-sizes", nargs="+", type=int, default=list(HEAD_SIZES))
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 8192, 65536])
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--rate", type=float, default=100.0, help="decode steps per second for the share of the peak")
     options = parser.parse_args(arguments)
 
-    found = list(usages(options.targets, options.kernels, options.dtypes, options.head_sizes))
-    head = ["kernel", "configuration", "target", "registers", "spilled", "shared", "limit", ""]
-    rows = [
-        [u.kernel, u.configuration, u.target, *map(str, (u.registers, u.spilled, u.shared, u.limit)), _verdict(u)]
-        for u in found
-    ]
-    print(_table(head, rows))
-    bad = [usage for usage in found if not usage.fits]
-    print(f"\n{len(found)} compiled, {len(bad)} with spills or too much shared memory.\n")
+    line = "{:9} {:58} {:6} {:>9} {:>7} {:>7} {:>7} {}"
+    print(line.format("kernel", "configuration", "target", "registers", "spilled", "shared", "limit", ""))
+    found = []
+    for usage in usages(options.targets, options.kernels, options.dtypes, options.head_sizes, options.jobs):
+        print(line.format(*astuple(usage), _verdict(usage)), flush=True)
+        found.append(usage)
+    summary = []
+    for target in options.targets:
+        of = [usage for usage in found if usage.target == target]
+        misfits, shared = sum(not usage.fits for usage in of), max((usage.shared for usage in of), default=0)
+        summary.append([target, *map(str, (len(of), misfits, shared, SHARED_LIMIT[target]))])
+    print("\n" + _table(["target", "compiled", "misfits", "most shared", "limit"], summary))
+    bad = sum(not usage.fits for usage in found)
+    print(f"\n{len(found)} compiled, {bad} with spills or too much shared memory.\n")
     print(estimates(OURO_1_4B, options.contexts, options.window, options.rate))
     return 1 if bad else 0
 

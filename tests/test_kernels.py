@@ -1,5 +1,6 @@
 """The Triton kernels: their tests in a process with the interpreter on (and one on the GPU), and the compile report."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -26,16 +27,22 @@ def test_on_the_gpu() -> None:
     run_kernel_tests(OURO_KERNELS_ON="cuda", TRITON_INTERPRET="0")
 
 
-@pytest.mark.parametrize("target", list(report.TARGETS))
-def test_report_compiles_for(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A small part of the report's table: figures of each kernel, no spills."""
-    arguments = ["--targets", target, "--dtypes", "bfloat16", "--head-sizes", "64"]
-    assert report.main([*arguments, "--kernels", "loop_attention", "kv_fold"]) == 0
+def test_report_compiles(capsys: pytest.CaptureFixture[str]) -> None:
+    """A small part of the report's table, in two processes: figures of each kernel for each target, no spills."""
+    assert report.main(["--dtypes", "bfloat16", "--head-sizes", "64", "--jobs", "2"]) == 0
     text = capsys.readouterr().out
-    for kernel in ("attend", "combine", "kv_fold"):
+    for target, kernel in itertools.product(report.TARGETS, ("attend", "combine", "kv_write", "kv_fold")):
         lines = [line.split() for line in text.splitlines() if line.startswith(kernel)]
-        assert lines and all(int(line[-4]) > 0 and int(line[-3]) == 0 for line in lines)
+        found = [line[-4:] for line in lines if line[-5] == target]
+        assert found and all(int(registers) > 0 and int(spilled) == 0 for registers, spilled, *_ in found)
     assert "0 with spills or too much shared memory" in text
+
+
+def test_report_has_each_case_once() -> None:
+    """A cache of eight bits is written from three types, and folded from none; each with and without grouped heads."""
+    found = list(report.usages(["sm_80"], ["kv_write", "kv_fold"], ["fp8"], [64]))
+    assert [usage.kernel for usage in found] == ["kv_write"] * 6 + ["kv_fold"] * 2
+    assert len({usage.configuration for usage in found}) == 8
 
 
 def test_report_fails_on_spills_and_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ouro_vllm.kernels import fp8
-from ouro_vllm.kernels.launch import Launch
+from ouro_vllm.kernels.launch import Launch, check_caches
 
 # (slot, head) pairs of one program.
 PAIRS = 16
@@ -37,20 +37,14 @@ def kv_fold(
     Raises:
         TypeError, ValueError: a cache or a table that is not as above.
     """
-    for launch in prepare(key_cache, value_cache, sources, destinations):
-        launch.run()
+    prepare(key_cache, value_cache, sources, destinations).run()
 
 
 def prepare(
     key_cache: torch.Tensor, value_cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor
-) -> list[Launch]:
+) -> Launch:
     """What `kv_fold` runs."""
-    kind = fp8.kind(key_cache.dtype)
-    if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype or key_cache.dim() != 4:
-        raise ValueError(
-            "kv_fold: key_cache and value_cache must be alike, [num_blocks, block_size, kv_heads, head_size]; they are "
-            f"{tuple(key_cache.shape)} {key_cache.dtype} and {tuple(value_cache.shape)} {value_cache.dtype}."
-        )
+    kind = check_caches("kv_fold", key_cache, value_cache)
     if sources.dim() != 2 or destinations.shape != sources.shape[:1]:
         raise ValueError(
             f"kv_fold: sources must be [F, R] and destinations [F]; they are {tuple(sources.shape)} and "
@@ -58,33 +52,29 @@ def prepare(
         )
     folds, loops = sources.shape
     _, block_size, heads, head_size = key_cache.shape
-    return [
-        Launch(
-            _kv_fold,
-            (folds, triton.cdiv(block_size * heads, PAIRS), 2),
-            (
-                fp8.codes(key_cache),
-                fp8.codes(value_cache),
-                sources,
-                destinations,
-                sources.stride(0),
-                sources.stride(1),
-                destinations.stride(0),
-                *key_cache.stride(),
-                *value_cache.stride(),
-            ),
-            {
-                "LOOPS": loops,
-                "HEADS": heads,
-                "HEAD": head_size,
-                "HEAD_PAD": triton.next_power_of_2(head_size),
-                "BLOCK_SIZE": block_size,
-                "PAIRS": PAIRS,
-                "FP8": kind,
-            },
-            {"num_warps": 4, "num_stages": 1},
-        )
-    ]
+    return Launch(
+        _kv_fold,
+        (folds, triton.cdiv(block_size * heads, PAIRS), 2),
+        (
+            fp8.codes(key_cache),
+            fp8.codes(value_cache),
+            sources,
+            destinations,
+            *sources.stride(),
+            destinations.stride(0),
+            *key_cache.stride(),
+            *value_cache.stride(),
+        ),
+        {
+            "LOOPS": loops,
+            "HEADS": heads,
+            "HEAD": head_size,
+            "HEAD_PAD": triton.next_power_of_2(head_size),
+            "BLOCK_SIZE": block_size,
+            "PAIRS": PAIRS,
+            "FP8": kind,
+        },
+    )
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Keys and values of rows of mixed depth to their pages, with RoPE of queries and keys on the way.
+"""Keys and values of rows of mixed depth to their pages.
 
 Kernel in `kernel`, reference in `naive`.
 """

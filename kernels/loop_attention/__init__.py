@@ -5,6 +5,6 @@ Kernel in `kernel`, how rows share tiles in `tiling`, reference in `naive`.
 
 from ouro_vllm.kernels.loop_attention.kernel import loop_attention, prepare
 from ouro_vllm.kernels.loop_attention.naive import loop_attention_naive
-from ouro_vllm.kernels.loop_attention.tiling import Plan, plan
+from ouro_vllm.kernels.loop_attention.tiling import MOST_SPLITS, Plan, plan
 
-__all__ = ["Plan", "loop_attention", "loop_attention_naive", "plan", "prepare"]
+__all__ = ["MOST_SPLITS", "Plan", "loop_attention", "loop_attention_naive", "plan", "prepare"]

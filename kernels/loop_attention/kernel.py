@@ -13,8 +13,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from ouro_vllm.kernels import fp8
-from ouro_vllm.kernels.launch import Launch, current_target
-from ouro_vllm.kernels.loop_attention.tiling import Plan, Tiles
+from ouro_vllm.kernels.launch import Launch, check_caches, current_target
+from ouro_vllm.kernels.loop_attention.tiling import Plan
 
 
 def loop_attention(
@@ -60,21 +60,68 @@ def prepare(
     target: GPUTarget | None = None,
 ) -> list[Launch]:
     """What `loop_attention` runs. target: by default this machine's device."""
-    _check(query, key_cache, value_cache, tables, plan, out)
-    kind, target = fp8.kind(key_cache.dtype), target or current_target()
+    kind, target = _check(query, key_cache, value_cache, tables, plan, out), target or current_target()
     # Triton converts OCP e4m3 where CUDA does (8.9 and newer), AMD's where the unit does (gfx942).
-    native = (kind == 1 and target.backend == "cuda" and int(target.arch) >= 89) or (
-        kind == 2 and target.backend == "hip" and str(target.arch).startswith("gfx94")
-    )
+    hip, arch = target.backend == "hip", str(target.arch)
+    native = kind == 2 and arch.startswith("gfx94") if hip else kind == 1 and int(arch) >= 89
     if not native:
         key_cache, value_cache = fp8.codes(key_cache), fp8.codes(value_cache)
-    else:
-        kind = 0
+    # Plain floats are stored as they are.
+    if not kind:
+        k_scale = v_scale = 1.0
+    rows, heads, padded = plan.rows.shape[1], plan.heads, triton.next_power_of_2(plan.head_size)
+    constants = {"HEADS": heads, "HEAD": plan.head_size, "HEAD_PAD": padded}
     launches = []
     for tiles in plan.launches:
-        launches += _launches(
-            query, key_cache, value_cache, tables, plan, tiles, kind, scale, k_scale, v_scale, out, target
+        shape, split = tiles.shape, tiles.splits > 1
+        # Not read or written without splits: any tensor does.
+        sums, stats = out, out
+        if split:
+            sums = torch.empty(rows, heads, tiles.splits, padded, dtype=torch.float32, device=query.device)
+            stats = torch.empty(rows, heads, tiles.splits, 2, dtype=torch.float32, device=query.device)
+        attend = Launch(
+            _attend,
+            (tiles.table.shape[0], plan.kv_heads, tiles.splits),
+            (
+                query,
+                key_cache,
+                value_cache,
+                out,
+                sums,
+                stats,
+                tables,
+                plan.rows,
+                tiles.table,
+                # The softmax is taken to base 2.
+                scale * k_scale * math.log2(math.e),
+                float(v_scale),
+                rows,
+                plan.groups,
+                *query.stride(),
+                *key_cache.stride(),
+                *value_cache.stride(),
+                *out.stride(),
+                *tables.stride(),
+            ),
+            constants
+            | {
+                "GROUP": heads // plan.kv_heads,
+                "BLOCK_SIZE": key_cache.shape[1],
+                "BLOCK_M": shape.block_m,
+                "BLOCK_N": shape.block_n,
+                "FP8": 0 if native else kind,
+                "SPLIT": split,
+                # The interpreter multiplies the bits of bfloat16; a GPU's products of it are exact in float32, too.
+                "WIDE": triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
+            },
+            # Left alone, ptxas spills a few registers for the sake of occupancy.
+            {"num_warps": shape.warps, "num_stages": shape.stages} | ({} if hip else {"maxnreg": 255}),
         )
+        launches.append(attend)
+        if split:
+            combine = (out, sums, stats, plan.rows, tiles.table, *out.stride())
+            most = constants | {"SPLITS": tiles.splits}
+            launches.append(Launch(_combine, (tiles.table.shape[0], heads), combine, most))
     return launches
 
 
@@ -85,98 +132,22 @@ def _check(
     tables: torch.Tensor,
     plan: Plan,
     out: torch.Tensor,
-) -> None:
+) -> int:
+    """`FP8` for the caches. Raises where the arguments do not fit the plan or each other."""
     made_for = (plan.rows.shape[1], plan.heads, plan.head_size)
     if tuple(query.shape) != made_for or query.dtype != plan.dtype or out.shape != query.shape:
         raise ValueError(
             f"loop_attention: the plan is for queries {made_for} of {plan.dtype}; query is {tuple(query.shape)} of "
             f"{query.dtype}, out {tuple(out.shape)}."
         )
-    entry = (plan.kv_heads, plan.head_size)
-    if key_cache.dim() != 4 or key_cache.shape[2:] != entry or value_cache.shape != key_cache.shape:
-        raise ValueError(
-            f"loop_attention: the caches must be [num_blocks, block_size, {entry[0]}, {entry[1]}]; they are "
-            f"{tuple(key_cache.shape)} and {tuple(value_cache.shape)}."
-        )
+    kind = check_caches("loop_attention", key_cache, value_cache, (plan.kv_heads, plan.head_size))
     least = (plan.groups, plan.requests, -(-plan.positions // key_cache.shape[1]))
     if tables.dim() != 3 or tables.dtype != torch.int32 or any(a < b for a, b in zip(tables.shape, least, strict=True)):
         raise ValueError(
             f"loop_attention: the rows need block tables int32 [G, B, W] of at least {least}; they are "
             f"{tables.dtype} {tuple(tables.shape)}."
         )
-
-
-def _launches(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    tables: torch.Tensor,
-    plan: Plan,
-    tiles: Tiles,
-    kind: int,
-    scale: float,
-    k_scale: float,
-    v_scale: float,
-    out: torch.Tensor,
-    target: GPUTarget,
-) -> list[Launch]:
-    shape, rows, heads = tiles.shape, plan.rows.shape[1], plan.heads
-    padded = triton.next_power_of_2(plan.head_size)
-    split = tiles.splits > 1
-    # Not read or written without splits: any tensor does.
-    sums, stats = out, out
-    if split:
-        sums = torch.empty(rows, heads, tiles.splits, padded, dtype=torch.float32, device=query.device)
-        stats = torch.empty(rows, heads, tiles.splits, 2, dtype=torch.float32, device=query.device)
-    constants = {"HEADS": heads, "HEAD": plan.head_size, "HEAD_PAD": padded}
-    first = Launch(
-        _attend,
-        (tiles.table.shape[0], plan.kv_heads, tiles.splits),
-        (
-            query,
-            key_cache,
-            value_cache,
-            out,
-            sums,
-            stats,
-            tables,
-            plan.rows,
-            tiles.table,
-            # The softmax is taken to base 2.
-            scale * k_scale * math.log2(math.e),
-            float(v_scale),
-            rows,
-            plan.groups,
-            *query.stride(),
-            *key_cache.stride(),
-            *value_cache.stride(),
-            *out.stride(),
-            *tables.stride(),
-        ),
-        constants
-        | {
-            "GROUP": heads // plan.kv_heads,
-            "BLOCK_SIZE": key_cache.shape[1],
-            "BLOCK_M": shape.block_m,
-            "BLOCK_N": shape.block_n,
-            "FP8": kind,
-            "SPLIT": split,
-            # The interpreter multiplies the bits of bfloat16; a GPU's products of it are exact in float32, too.
-            "WIDE": triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
-        },
-        # Left alone, ptxas spills a few registers for the sake of occupancy.
-        {"num_warps": shape.warps, "num_stages": shape.stages} | ({"maxnreg": 255} if target.backend == "cuda" else {}),
-    )
-    if not split:
-        return [first]
-    second = Launch(
-        _combine,
-        (tiles.table.shape[0], heads),
-        (out, sums, stats, plan.rows, tiles.table, *out.stride()),
-        constants | {"SPLITS": tiles.splits},
-        {"num_warps": 4, "num_stages": 1},
-    )
-    return [first, second]
+    return kind
 
 
 @triton.jit

@@ -63,15 +63,15 @@ class Plan:
 def shape_of(target: GPUTarget, dtype: torch.dtype, head_size: int, group: int, many: bool) -> Shape:
     """The kernel's shape for queries of `dtype`, `group` query heads per KV head; many: for more rows than one tile."""
     grouped = triton.next_power_of_2(group)
+    wide = triton.next_power_of_2(head_size) > 128
     if dtype == torch.float32:
         # Products in full float32 run on no tensor cores, and take the more registers the larger the tile.
-        return Shape(max(16, grouped), 16, 4, 1)
-    wide = triton.next_power_of_2(head_size) > 128
+        return Shape(max(16, grouped), 16, 8 if wide else 4, 1)
     old = target.backend == "cuda" and int(target.arch) < 90
-    block_m = max((32 if old else 64) if many else 16, grouped)
-    # Of 64 positions at once the masks alone fill an AMD wave's scalar registers.
-    block_n = 32 if wide or (many and (old or target.backend == "hip")) else 64
-    warps = 8 if many and not old else 4
+    block_m = max((32 if old or wide else 64) if many else 16, grouped)
+    # 64 positions at once: their masks alone fill an AMD wave's scalar registers, fp8 decoded by us those of sm_80.
+    block_n = 32 if wide or old or (many and target.backend == "hip") else 64
+    warps = 8 if many and (wide or not old) else 4
     # The LDS of an AMD unit is 64 KiB, a third of a GPU's shared memory elsewhere.
     stages = 1 if target.backend == "hip" else 2 if wide else 3
     return Shape(block_m, block_n, warps, stages)
