@@ -81,6 +81,15 @@ def test_bad_options_for_the_engine_are_named(given):
         RequestOptions.parse(given)
 
 
+@pytest.mark.parametrize(
+    ("draft", "named"), [([0, 256], "names token 256; the model's are 0 to 255"), ([1] * 9, "has 9 tokens.*has 8")]
+)
+def test_a_draft_that_would_end_the_engine_is_refused(draft, named):
+    RequestOptions.parse({"ouro_draft": [255] * 8}).check_draft(256, 8)
+    with pytest.raises(OptionError, match=f"`ouro_draft` {named}"):
+        RequestOptions.parse({"ouro_draft": draft}).check_draft(256, 8)
+
+
 # Texts of tokens.
 
 
