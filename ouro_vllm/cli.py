@@ -90,7 +90,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("model", nargs="?", default=str(BUNDLED_MODEL), help="folder or name (default: %(default)s)")
     command.add_argument("--prompt", help="text to continue (default: the head of a Python function)")
     command.add_argument("--question", help="question to ask as a chat (default: a sum)")
-    command.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    command.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: %(default)s)")
     command.add_argument(
         "--timeout", type=float, default=900, help="seconds that the server may take to start (default: %(default)s)"
     )
@@ -149,16 +149,13 @@ def add_widen(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("widen", help="write a larger checkpoint with the same function")
     command.add_argument("source", type=Path, help="folder of an Ouro checkpoint")
     command.add_argument("target", type=Path, help="new folder for the larger one")
-    command.add_argument("--hidden", type=int, help="hidden size: the source's times 1, 2, 4, ...; heads grow too")
-    command.add_argument("--layers", type=int, help="layers of the shared stack")
-    command.add_argument("--intermediate", type=int, help="inner size of the MLP")
+    command.add_argument("--hidden", type=positive, help="hidden size: the source's times 1, 2, 4, ...; heads grow too")
+    command.add_argument("--layers", type=positive, help="layers of the shared stack")
+    command.add_argument("--intermediate", type=positive, help="inner size of the MLP")
     command.set_defaults(run=run_widen, hands_on=False)
 
 
 def run_widen(args: argparse.Namespace) -> int:
-    if not (args.source / "config.json").is_file():
-        print(f"{args.source} holds no config.json: name a checkpoint's folder.", file=sys.stderr)
-        return 1
     from ouro_vllm.weights import CheckpointError
     from ouro_vllm.widen import Sizes, WidenError, looped_parameters, widen
 

@@ -381,11 +381,11 @@ def test_checkpoints_that_cannot_be_evaluated_are_named(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="lacks 1 tensor"):
         Looped(edit(folder, model__norm__weight=None))
     (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(EvalError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         Looped(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(EvalError, match="holds no .*safetensors"):
+    with pytest.raises(CheckpointError, match="holds no .*safetensors"):
         Looped(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(EvalError, match="config.json: "):
+    with pytest.raises(CheckpointError, match="config.json: "):
         Looped(folder)

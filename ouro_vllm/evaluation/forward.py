@@ -4,20 +4,16 @@ Structure as in `ouro_vllm.model` (arXiv 2510.25741, section 2). Shapes: B seque
 in one call, D = hidden_size, H = head_dim, G key-value heads, T positions, R loops, L layers.
 """
 
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ouro_vllm.config import OuroConfig, check
+from ouro_vllm.checkpoint import read_config, read_weights
+from ouro_vllm.config import OuroConfig
 from ouro_vllm.evaluation.policies import EvalError, Sharing
-from ouro_vllm.weights import checked, expected_shapes
 
 KEYS, VALUES = 0, 1
 
@@ -60,11 +56,17 @@ class Looped:
     def __init__(self, folder: Path) -> None:
         """
         Raises:
-            EvalError: there is no checkpoint, or one that cannot be evaluated here.
-            CheckpointError: its tensors do not fit its config.json.
+            CheckpointError: there is no checkpoint, or its files do not fit each other.
+            EvalError: it cannot be evaluated here.
         """
         self.config = read_config(folder)
-        self.weights = read_weights(folder, self.config)
+        rope = self.config.rope_parameters or {}
+        if rope.keys() - {"type"} != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
+            raise EvalError(
+                f"{folder}/config.json: the forward knows rotary positions of `rope_type` 'default' only; there they "
+                f"are {rope}."
+            )
+        self.weights = read_weights(folder, self.config, torch.float32)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> [..., D]."""
@@ -175,39 +177,6 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """x [B, heads, c, H] with the two halves of a head turned against each other."""
     (cos, sin), (a, b) = turns, x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def read_config(folder: Path) -> OuroConfig:
-    """config.json of the folder. Raises EvalError naming what is missing or not supported."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise EvalError(f"{folder} holds no config.json: name a checkpoint's folder.")
-    try:
-        config = OuroConfig(**json.loads(file.read_text()))
-        check(config)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise EvalError(f"{file}: {' '.join(str(error).split())}") from None
-    rope = config.rope_parameters or {}
-    if rope.keys() - {"type"} != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
-        raise EvalError(f"{file}: eval knows rotary positions of `rope_type` 'default' only; there they are {rope}.")
-    return config
-
-
-def read_weights(folder: Path, config: OuroConfig) -> dict[str, Tensor]:
-    """Name -> tensor in float32. An `lm_head.weight` beside tied embeddings is used, as vLLM does.
-
-    Raises EvalError where there are no weights, CheckpointError where they do not fit the config.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise EvalError(f"{folder} holds no *.safetensors: name the folder of a downloaded checkpoint.")
-    try:
-        found = [(name, tensor.float()) for file in files for name, tensor in load_file(file).items()]
-    except (OSError, SafetensorError) as error:
-        raise EvalError(f"The weights in {folder} cannot be read: {error}") from None
-    if any(name == "lm_head.weight" for name, _ in found):
-        config.tie_word_embeddings = False
-    return dict(checked(found, expected_shapes(config)))
 
 
 def follow(model: Looped, ids: Tensor, cache: Cache, prompt: int, sharing: Sharing) -> Tensor:

@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,17 +105,15 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     check(plan)
     model, tokens = Looped(plan.model), data.tokenizer(plan.model)
     check_model(plan, model)
-    stream = data.own_text(tokens, plan.text) if plan.text else data.held_out(tokens)
+    stream = data.stream(tokens, plan.text, model.config.vocab_size)
     ids = data.windows(stream, plan.sequences, plan.tokens)
     asked = {size: data.sums(tokens, size, plan.sums) for size in range(1, LARGEST_SUM + 1)} if plan.sums else {}
-    if max(stream) >= model.config.vocab_size:
-        raise EvalError(f"{plan.model}: tokenizer.json has tokens beyond `vocab_size` {model.config.vocab_size}.")
     figures = heading(plan, model)
     scores = read_text(model, ids, plan.prompt, settings, say)
     hits = {size: answer_sums(model, some, settings) for size, some in asked.items()}
     if asked:
         say(f"sums: {plan.sums} of each size answered")
-    figures["chance"] = [commonest(some) for some in asked.values()]
+    figures["chance"] = [data.commonest(some) for some in asked.values()]
     figures["settings"] = [
         {
             "policy": one.policy,
@@ -225,11 +223,6 @@ def answer_sums(model: Looped, asked: list[data.Sum], settings: list[Sharing]) -
         for one, hidden in runs(model, ids, prompt, settings):
             hits[one][torch.tensor(numbers)] = (model.logits(hidden[:, -1]).argmax(-1) == answers).float()
     return hits
-
-
-def commonest(asked: list[data.Sum]) -> float:
-    """Accuracy of always giving the answer that is right most often."""
-    return Counter(one.answer for one in asked).most_common(1)[0][1] / len(asked)
 
 
 def on_text(scores: Scores, base: Scores) -> dict[str, Any]:
