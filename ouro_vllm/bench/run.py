@@ -100,7 +100,7 @@ def finish(steps: Callable[[], dict[str, Any]], flat_rows: int, results: Results
         try:
             summarise(figures, flat_rows)
             text = report.text(figures)
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise BenchError(f"These are not figures of this version of bench: {error!r}") from error
     except BenchError as error:
         print(error, file=sys.stderr)
@@ -129,12 +129,13 @@ def check(results: Results) -> None:
 
 def make_folders(results: Results) -> None:
     """For the files to be written. Raises BenchError where there can be none."""
-    for path in (results.json, results.png):
+    for path in filter(None, (results.json, results.png)):
         try:
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BenchError(f"{path} cannot be written: {error}") from None
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise BenchError(f"{path} cannot be written: name a file.")
 
 
 def read_prompts(plan: Plan) -> list[str]:

@@ -80,7 +80,7 @@ def finish(steps: Callable[[], dict[str, Any]], results: Results) -> int:
         figures = steps()
         try:
             text = report.text(figures)
-        except (KeyError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise EvalError(f"These are not figures of this version of eval: {error!r}") from error
     except (EvalError, BenchError, CheckpointError) as error:
         print(error, file=sys.stderr)
