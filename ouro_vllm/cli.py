@@ -5,12 +5,14 @@ For each subcommand one function adds its arguments and one runs it; what is hea
 
 import argparse
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ouro_vllm import __version__
 from ouro_vllm.bench.modes import BASE, MODES, with_sharing
-from ouro_vllm.evaluation.policies import POLICIES, EvalError, Sharing
+from ouro_vllm.evaluation.policies import POLICIES
 from ouro_vllm.sharing import POLICIES as SERVED
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "examples" / "ouro-tiny"
@@ -198,7 +200,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--context", type=positive, help="tokens per prompt (default: the prompts as they are)")
     command.add_argument(
         "--kv-sharing",
-        type=served,
+        type=partial(listed, known=SERVED, what="KV sharing policy"),
         default=[],
         help="of last,average: every mode once more, its loops sharing KV (default: none)",
     )
@@ -252,34 +254,32 @@ def batches(text: str) -> list[int]:
     return sorted({positive(part) for part in text.split(",")})
 
 
+def listed(text: str, known: Iterable[str], what: str) -> list[str]:
+    """`a,b,a` -> a, b. Raises what argparse reports on names that are not known."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown {what} {name!r}: there are {', '.join(known)}")
+    return chosen
+
+
 def modes(text: str) -> list[str]:
     """`plain,wavefront` -> both. Raises what argparse reports on unknown modes and where plain is missing."""
-    chosen = list(dict.fromkeys(text.split(",")))
-    for mode in chosen:
-        if mode not in MODES:
-            raise argparse.ArgumentTypeError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    chosen = listed(text, MODES, "mode")
     if BASE not in chosen:
         raise argparse.ArgumentTypeError(f"{BASE} is missing: everything is compared with it")
     return chosen
 
 
-def served(text: str) -> list[str]:
-    """`last,average` -> both. Raises what argparse reports on unknown ones."""
-    chosen = list(dict.fromkeys(text.split(",")))
-    for policy in chosen:
-        if policy not in SERVED:
-            raise argparse.ArgumentTypeError(f"unknown policy {policy!r}; there are {', '.join(SERVED)}")
-    return chosen
-
-
 def run_bench(args: argparse.Namespace) -> int:
     from ouro_vllm.bench import run
+    from ouro_vllm.bench.results import Results
 
     if args.folder and args.model:
         print("Name the model once: as the argument or with --model.", file=sys.stderr)
         return 1
     mark = args.mark or ("bench-exit" if args.exit else "bench")
-    results = run.Results(args.json, args.png, args.readme, mark)
+    results = Results(args.json, args.png, args.readme, mark)
     if args.exit:
         return run_exits(args, results)
     if args.source is not None:
@@ -325,7 +325,7 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--kv-sharing",
-        type=policies,
+        type=partial(listed, known=POLICIES, what="KV sharing policy"),
         default=list(POLICIES),
         help=f"policies to compare with per_loop (default: {','.join(POLICIES)})",
     )
@@ -371,19 +371,8 @@ def windows(text: str) -> list[int]:
     return sorted({whole(part) for part in text.split(",")})
 
 
-def policies(text: str) -> list[str]:
-    """`last,first` -> both. Raises what argparse reports on unknown policies."""
-    chosen = list(dict.fromkeys(text.split(",")))
-    try:
-        for policy in chosen:
-            Sharing(policy)
-    except EvalError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return chosen
-
-
 def run_eval(args: argparse.Namespace) -> int:
-    from ouro_vllm.bench.run import Results
+    from ouro_vllm.bench.results import Results
     from ouro_vllm.evaluation import sharing
 
     results = Results(json=args.json, readme=args.readme, mark=args.mark)

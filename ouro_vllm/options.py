@@ -303,9 +303,9 @@ def speculates(params: Any) -> bool:
     """Whether a request with these sampling parameters (vLLM's SamplingParams) is drafted for.
 
     Not if it says so, and not where early readouts cannot know what vLLM's sampler will do to the last one: grammars
-    and whatever depends on the tokens before.
+    and whatever depends on the tokens before. Asked in every step, so options are not checked again.
     """
-    return bool(RequestOptions.parse(params.extra_args).ouro_speculate) and not (
+    return bool((params.extra_args or {}).get("ouro_speculate", 1)) and not (
         params.structured_outputs is not None
         or params.bad_words
         or params.allowed_token_ids

@@ -257,7 +257,7 @@ def test_a_stopped_child_ends_when_its_parent_is_killed():
         (["--batch", "1,-2"], "argument --batch: '-2' is no"),
         (["--batch", "two"], "argument --batch: 'two' is no"),
         (["--rounds", "0"], "argument --rounds: '0' is no"),
-        (["--modes", "plain,eager"], "argument --modes: unknown mode 'eager'; there are plain, draft-verify"),
+        (["--modes", "plain,eager"], "argument --modes: unknown mode 'eager': there are plain, draft-verify"),
         (["--modes", "wavefront"], "argument --modes: plain is missing"),
         (["--dtype", "int8"], "argument --dtype"),
     ],

@@ -29,7 +29,7 @@ from ouro_vllm.bench.exits.policies import (
     settings,
     windows,
 )
-from ouro_vllm.bench.run import save
+from ouro_vllm.bench.results import save
 from ouro_vllm.cli import build_parser, main
 from ouro_vllm.evaluation import data
 from ouro_vllm.evaluation.forward import Looped

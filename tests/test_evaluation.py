@@ -76,9 +76,9 @@ class TokenByToken(Reference):
     def looked_up(self, name: str, position: int) -> tuple[Tensor, Tensor]:
         """Key and value that the current row reads of an earlier position, or of its own."""
         own = self.kv[self.loop, name, position]
-        if self.policy == "per_loop" or self.position < self.prompt or position == self.position:
+        if self.policy == "per_loop" or self.position < self.prompt:
             return own
-        border = max(0, self.position - self.window + 1)
+        border = max(0, self.position - max(1, self.window) + 1)
         while border % self.block:
             border -= 1
         if position >= border:
@@ -178,7 +178,7 @@ def test_rows_that_would_read_what_is_not_final_are_refused(tmp_path):
         (1, 1, [0, 1, 2, 3, 4, 5]),
         (3, 1, [0, 0, 0, 1, 2, 3]),
         (3, 2, [0, 0, 0, 0, 2, 2]),
-        (0, 3, [0, 0, 2, 3, 3, 5]),
+        (0, 3, [0, 0, 0, 3, 3, 3]),
     ],
 )
 def test_window_starts(window, block, starts):
@@ -327,7 +327,7 @@ def test_a_control_that_does_not_cost_most_is_told(small):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--kv-sharing", "last,frist"], "Unknown KV sharing policy 'frist': there are per_loop, last, average, first"),
+        (["--kv-sharing", "last,frist"], "unknown KV sharing policy 'frist': there are per_loop, last, average, first"),
         (["--kv-window=-1"], "'-1' is no whole number from 0 on"),
         (["--kv-window", "0,x"], "'x' is no whole number from 0 on"),
         (["--tokens", "0"], "'0' is no whole number from 1 on"),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ouro_vllm.checkpoint import read_config, read_weights
 from ouro_vllm.config import OuroConfig
-from ouro_vllm.evaluation.policies import EvalError, Sharing
+from ouro_vllm.evaluation.policies import CONTROL, EvalError, Sharing
+from ouro_vllm.sharing import AVERAGE, LAST
 
 KEYS, VALUES = 0, 1
 
@@ -34,11 +35,11 @@ class Cache:
     def rewind(self, length: int, policy: str) -> None:
         """Forget all positions from `length` on, and share by `policy` from now on."""
         self.own[..., length:, :] = math.nan
-        self.averages = policy == "average"
+        self.averages = policy == AVERAGE
         if self.averages:
             self.shared = torch.full_like(self.own[:, 0], math.nan)
         else:
-            self.shared = {"last": self.own[:, -1], "first": self.own[:, 0]}.get(policy)
+            self.shared = {LAST: self.own[:, -1], CONTROL: self.own[:, 0]}.get(policy)
         self.length = 0
         self.finish(length)
 

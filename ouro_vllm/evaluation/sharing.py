@@ -1,8 +1,6 @@
 """Measures what sharing the KV cache across loops costs: loss and agreement on text, accuracy on sums."""
 
-import json
 import platform
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,14 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ouro_vllm import __version__
-from ouro_vllm.bench.children import BenchError
-from ouro_vllm.bench.report import into_readme
-from ouro_vllm.bench.run import Results, make_folders, save
-from ouro_vllm.bench.run import check as check_results
+from ouro_vllm.bench.results import Results, finish, read
 from ouro_vllm.evaluation import data, report
 from ouro_vllm.evaluation.forward import Cache, Looped, follow
 from ouro_vllm.evaluation.policies import BASE, EvalError, Sharing
-from ouro_vllm.weights import CheckpointError
 
 LARGEST_SUM = 4  # operators; the bundled checkpoint is at chance beyond
 CACHE_BYTES = 2**30  # of KV at once, which bounds how many sequences are run together
@@ -57,39 +51,17 @@ class Plan:
 
 def main(plan: Plan, results: Results) -> int:
     """Measure, print and write. Returns the exit status: 1 after saying which input is wrong."""
-    return finish(lambda: measure(plan, lambda said: print(said, flush=True)), results)
+    return told(lambda: measure(plan, lambda said: print(said, flush=True)), results)
 
 
 def redraw(source: Path, results: Results) -> int:
     """As `main`, with the figures that an earlier run wrote to `source`."""
-
-    def read() -> dict[str, Any]:
-        try:
-            return json.loads(source.read_text())
-        except (OSError, ValueError) as error:
-            raise EvalError(f"{source} cannot be read as figures of an earlier run: {error}") from None
-
-    return finish(read, results)
+    return told(lambda: read(source), results)
 
 
-def finish(steps: Callable[[], dict[str, Any]], results: Results) -> int:
+def told(steps: Callable[[], dict[str, Any]], results: Results) -> int:
     """Take figures from `steps`, then report them."""
-    try:
-        check_results(results)
-        make_folders(results)
-        figures = steps()
-        try:
-            text = report.text(figures)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise EvalError(f"These are not figures of this version of eval: {error!r}") from error
-    except (EvalError, BenchError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"\n{text}")
-    save(figures, results.json)
-    if results.readme is not None:
-        into_readme(results.readme, results.mark, text)
-    return 0
+    return finish(steps, results, lambda figures: f"\n{report.text(figures)}", report.text)
 
 
 @torch.inference_mode()
