@@ -373,12 +373,12 @@ def windows(text: str) -> list[int]:
 
 def run_eval(args: argparse.Namespace) -> int:
     from ouro_vllm.bench.results import Results
-    from ouro_vllm.evaluation import sharing
+    from ouro_vllm.evaluation import measure
 
     results = Results(json=args.json, readme=args.readme, mark=args.mark)
     if args.source is not None:
-        return sharing.redraw(args.source, results)
-    plan = sharing.Plan(
+        return measure.redraw(args.source, results)
+    plan = measure.Plan(
         model=args.model,
         policies=args.kv_sharing,
         windows=args.kv_window,
@@ -386,7 +386,7 @@ def run_eval(args: argparse.Namespace) -> int:
         prompt=args.prompt or args.tokens // 2,
         **{name: getattr(args, name) for name in ("sequences", "tokens", "sums", "text")},
     )
-    return sharing.main(plan, results)
+    return measure.main(plan, results)
 
 
 if __name__ == "__main__":

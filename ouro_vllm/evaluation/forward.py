@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ouro_vllm.checkpoint import read_config, read_weights
 from ouro_vllm.config import OuroConfig
-from ouro_vllm.evaluation.policies import CONTROL, EvalError, Sharing
+from ouro_vllm.evaluation.policies import CONTROL, EvalError, Setting
 from ouro_vllm.sharing import AVERAGE, LAST
 
 KEYS, VALUES = 0, 1
@@ -90,7 +90,7 @@ class Looped:
     def extend(self, ids: Tensor, cache: Cache, starts: list[int] | None = None) -> list[Tensor]:
         """Run all loops over the next c tokens of each sequence, ids [B, c]. -> hidden states [B, c, D] after each.
 
-        starts: for each of the c rows the first position whose own-loop KV it reads (`Sharing.start`), not falling;
+        starts: for each of the c rows the first position whose own-loop KV it reads (`Setting.start`), not falling;
         None is 0 for all: own-loop KV everywhere, as in a prompt.
 
         Raises:
@@ -180,14 +180,14 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def follow(model: Looped, ids: Tensor, cache: Cache, prompt: int, sharing: Sharing) -> Tensor:
+def follow(model: Looped, ids: Tensor, cache: Cache, prompt: int, setting: Setting) -> Tensor:
     """Read ids [B, T] from position `prompt` on as generated tokens -> hidden states [B, T - prompt, D] of loop R.
 
     cache: holds the prompt's KV; afterwards all positions'.
     """
-    cache.rewind(prompt, sharing.policy)
+    cache.rewind(prompt, setting.policy)
     pieces = []
-    for begin, end in sharing.steps(prompt, ids.shape[1]):
-        starts = [sharing.start(position) for position in range(begin, end)]
+    for begin, end in setting.steps(prompt, ids.shape[1]):
+        starts = [setting.start(position) for position in range(begin, end)]
         pieces.append(model.extend(ids[:, begin:end], cache, starts)[-1])
     return torch.cat(pieces, 1)

@@ -20,7 +20,7 @@ class EvalError(ValueError):
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Setting:
     """A policy and how far back a generated token still reads its own loop's KV.
 
     window: tokens, the reading one among them; 0 is 1, for no row can read itself as shared. block: the window's start

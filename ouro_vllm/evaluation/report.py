@@ -1,4 +1,4 @@
-"""Tables of figures that `sharing` measured, beside the paper's."""
+"""Tables of figures that `measure` measured, beside the paper's."""
 
 from typing import Any
 

@@ -16,7 +16,7 @@ from ouro_vllm import __version__
 from ouro_vllm.bench.results import Results, finish, read
 from ouro_vllm.evaluation import data, report
 from ouro_vllm.evaluation.forward import Cache, Looped, follow
-from ouro_vllm.evaluation.policies import BASE, EvalError, Sharing
+from ouro_vllm.evaluation.policies import BASE, EvalError, Setting
 
 LARGEST_SUM = 4  # operators; the bundled checkpoint is at chance beyond
 CACHE_BYTES = 2**30  # of KV at once, which bounds how many sequences are run together
@@ -28,7 +28,7 @@ class Plan:
     """What to measure.
 
     model: a checkpoint's folder. policies, windows: every policy at every window; BASE is measured once, in any case.
-    block: see `Sharing`. sequences of `tokens` tokens each, the first `prompt` of which are a prompt; the rest counts
+    block: see `Setting`. sequences of `tokens` tokens each, the first `prompt` of which are a prompt; the rest counts
     as generated. sums: how many of each size. text: a file instead of the held-out text.
     """
 
@@ -43,10 +43,10 @@ class Plan:
     text: Path | None = None
 
     @property
-    def settings(self) -> list[Sharing]:
-        """BASE first. Raises EvalError as `Sharing` does."""
-        shared = [Sharing(policy, window, self.block) for policy in self.policies for window in self.windows]
-        return [Sharing(BASE), *dict.fromkeys(one for one in shared if one.shares)]
+    def settings(self) -> list[Setting]:
+        """BASE first. Raises EvalError as `Setting` does."""
+        shared = [Setting(policy, window, self.block) for policy in self.policies for window in self.windows]
+        return [Setting(BASE), *dict.fromkeys(one for one in shared if one.shares)]
 
 
 def main(plan: Plan, results: Results) -> int:
@@ -139,7 +139,7 @@ def together(model: Looped, ids: Tensor) -> Iterator[Tensor]:
     yield from ids.split(max(1, min(MOST_SEQUENCES, CACHE_BYTES // (4 * entries * ids.shape[1]))))
 
 
-def runs(model: Looped, ids: Tensor, prompt: int, settings: list[Sharing]) -> Iterator[tuple[Sharing, Tensor]]:
+def runs(model: Looped, ids: Tensor, prompt: int, settings: list[Setting]) -> Iterator[tuple[Setting, Tensor]]:
     """ids [B, T] under each setting -> hidden states [B, T - prompt, D]. The prompt, the same for all, is read once."""
     cache = Cache(model.config, *ids.shape)
     model.extend(ids[:, :prompt], cache)
@@ -156,10 +156,10 @@ class Scores:
 
 
 def read_text(
-    model: Looped, ids: Tensor, prompt: int, settings: list[Sharing], say: Callable[[str], None]
-) -> dict[Sharing, Scores]:
+    model: Looped, ids: Tensor, prompt: int, settings: list[Setting], say: Callable[[str], None]
+) -> dict[Setting, Scores]:
     """ids [B, T + 1], each sequence with the token after its last."""
-    pieces: dict[Sharing, list[Scores]] = defaultdict(list)
+    pieces: dict[Setting, list[Scores]] = defaultdict(list)
     done = 0
     for some in together(model, ids):
         for one, hidden in runs(model, some[:, :-1], prompt, settings):
@@ -183,7 +183,7 @@ def score(model: Looped, hidden: Tensor, targets: Tensor) -> Scores:
     return Scores(torch.stack(loss), torch.stack(top))
 
 
-def answer_sums(model: Looped, asked: list[data.Sum], settings: list[Sharing]) -> dict[Sharing, Tensor]:
+def answer_sums(model: Looped, asked: list[data.Sum], settings: list[Setting]) -> dict[Setting, Tensor]:
     """-> for each setting, whether each sum's greedy answer, one token, is right: [sums] of 0 and 1."""
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, one in enumerate(asked):
