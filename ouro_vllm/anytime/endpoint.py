@@ -204,10 +204,12 @@ def checked(request: Any, server: OuroOptions | None) -> AnytimeOptions:
 
 
 def prompts(request: Any) -> int:
-    """How many answers the request asks for, by its prompts."""
-    texts, embeds = getattr(request, "prompt", None), getattr(request, "prompt_embeds", None)
-    one = not isinstance(texts, list) or not texts or isinstance(texts[0], int)
-    return (1 if one else len(texts)) + (len(embeds) if isinstance(embeds, list) else 0)
+    """How many prompts a completion has (a chat has none of these): texts or token ids, and embeddings."""
+    count = 0
+    for given in (getattr(request, "prompt", None), getattr(request, "prompt_embeds", None)):
+        several = isinstance(given, list) and given and not isinstance(given[0], int)
+        count += len(given) if several else given is not None
+    return count
 
 
 def check_depths(xargs: dict[str, Any], options: AnytimeOptions, server: OuroOptions) -> None:
