@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -93,11 +94,13 @@ async def answer(url: str, key: str | None, body: dict[str, Any], show: Callable
 def served_model(url: str, key: str | None) -> str:
     """The name of the first model that the server lists. Raises OSError, or ValueError on an answer of another kind."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/models", headers=headers), timeout=10) as response:
-        try:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/models", headers=headers), timeout=10) as response:
             return json.load(response)["data"][0]["id"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError("it lists no models") from error
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError("it lists no models") from error
+    except http.client.HTTPException as error:
+        raise ValueError(f"it does not speak HTTP ({error!r})") from error
 
 
 def main(url: str, key: str | None, model: str | None, options: dict[str, Any]) -> int:

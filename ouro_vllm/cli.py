@@ -5,12 +5,14 @@ For each subcommand one function adds its arguments and one runs it; what is hea
 
 import argparse
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ouro_vllm import __version__
 from ouro_vllm.bench.modes import BASE, MODES, with_sharing
-from ouro_vllm.evaluation.policies import POLICIES, EvalError, Sharing
+from ouro_vllm.evaluation.policies import POLICIES
 from ouro_vllm.sharing import POLICIES as SERVED
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "examples" / "ouro-tiny"
@@ -90,7 +92,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("model", nargs="?", default=str(BUNDLED_MODEL), help="folder or name (default: %(default)s)")
     command.add_argument("--prompt", help="text to continue (default: the head of a Python function)")
     command.add_argument("--question", help="question to ask as a chat (default: a sum)")
-    command.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    command.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: %(default)s)")
     command.add_argument(
         "--timeout", type=float, default=900, help="seconds that the server may take to start (default: %(default)s)"
     )
@@ -149,16 +151,13 @@ def add_widen(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("widen", help="write a larger checkpoint with the same function")
     command.add_argument("source", type=Path, help="folder of an Ouro checkpoint")
     command.add_argument("target", type=Path, help="new folder for the larger one")
-    command.add_argument("--hidden", type=int, help="hidden size: the source's times 1, 2, 4, ...; heads grow too")
-    command.add_argument("--layers", type=int, help="layers of the shared stack")
-    command.add_argument("--intermediate", type=int, help="inner size of the MLP")
+    command.add_argument("--hidden", type=positive, help="hidden size: the source's times 1, 2, 4, ...; heads grow too")
+    command.add_argument("--layers", type=positive, help="layers of the shared stack")
+    command.add_argument("--intermediate", type=positive, help="inner size of the MLP")
     command.set_defaults(run=run_widen, hands_on=False)
 
 
 def run_widen(args: argparse.Namespace) -> int:
-    if not (args.source / "config.json").is_file():
-        print(f"{args.source} holds no config.json: name a checkpoint's folder.", file=sys.stderr)
-        return 1
     from ouro_vllm.weights import CheckpointError
     from ouro_vllm.widen import Sizes, WidenError, looped_parameters, widen
 
@@ -201,7 +200,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--context", type=positive, help="tokens per prompt (default: the prompts as they are)")
     command.add_argument(
         "--kv-sharing",
-        type=served,
+        type=partial(listed, known=SERVED, what="KV sharing policy"),
         default=[],
         help="of last,average: every mode once more, its loops sharing KV (default: none)",
     )
@@ -255,34 +254,32 @@ def batches(text: str) -> list[int]:
     return sorted({positive(part) for part in text.split(",")})
 
 
+def listed(text: str, known: Iterable[str], what: str) -> list[str]:
+    """`a,b,a` -> a, b. Raises what argparse reports on names that are not known."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown {what} {name!r}: there are {', '.join(known)}")
+    return chosen
+
+
 def modes(text: str) -> list[str]:
     """`plain,wavefront` -> both. Raises what argparse reports on unknown modes and where plain is missing."""
-    chosen = list(dict.fromkeys(text.split(",")))
-    for mode in chosen:
-        if mode not in MODES:
-            raise argparse.ArgumentTypeError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    chosen = listed(text, MODES, "mode")
     if BASE not in chosen:
         raise argparse.ArgumentTypeError(f"{BASE} is missing: everything is compared with it")
     return chosen
 
 
-def served(text: str) -> list[str]:
-    """`last,average` -> both. Raises what argparse reports on unknown ones."""
-    chosen = list(dict.fromkeys(text.split(",")))
-    for policy in chosen:
-        if policy not in SERVED:
-            raise argparse.ArgumentTypeError(f"unknown policy {policy!r}; there are {', '.join(SERVED)}")
-    return chosen
-
-
 def run_bench(args: argparse.Namespace) -> int:
     from ouro_vllm.bench import run
+    from ouro_vllm.bench.results import Results
 
     if args.folder and args.model:
         print("Name the model once: as the argument or with --model.", file=sys.stderr)
         return 1
     mark = args.mark or ("bench-exit" if args.exit else "bench")
-    results = run.Results(args.json, args.png, args.readme, mark)
+    results = Results(args.json, args.png, args.readme, mark)
     if args.exit:
         return run_exits(args, results)
     if args.source is not None:
@@ -328,7 +325,7 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--kv-sharing",
-        type=policies,
+        type=partial(listed, known=POLICIES, what="KV sharing policy"),
         default=list(POLICIES),
         help=f"policies to compare with per_loop (default: {','.join(POLICIES)})",
     )
@@ -374,25 +371,14 @@ def windows(text: str) -> list[int]:
     return sorted({whole(part) for part in text.split(",")})
 
 
-def policies(text: str) -> list[str]:
-    """`last,first` -> both. Raises what argparse reports on unknown policies."""
-    chosen = list(dict.fromkeys(text.split(",")))
-    try:
-        for policy in chosen:
-            Sharing(policy)
-    except EvalError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return chosen
-
-
 def run_eval(args: argparse.Namespace) -> int:
-    from ouro_vllm.bench.run import Results
-    from ouro_vllm.evaluation import sharing
+    from ouro_vllm.bench.results import Results
+    from ouro_vllm.evaluation import measure
 
     results = Results(json=args.json, readme=args.readme, mark=args.mark)
     if args.source is not None:
-        return sharing.redraw(args.source, results)
-    plan = sharing.Plan(
+        return measure.redraw(args.source, results)
+    plan = measure.Plan(
         model=args.model,
         policies=args.kv_sharing,
         windows=args.kv_window,
@@ -400,7 +386,7 @@ def run_eval(args: argparse.Namespace) -> int:
         prompt=args.prompt or args.tokens // 2,
         **{name: getattr(args, name) for name in ("sequences", "tokens", "sums", "text")},
     )
-    return sharing.main(plan, results)
+    return measure.main(plan, results)
 
 
 if __name__ == "__main__":

@@ -607,7 +607,10 @@ def headers(folder: Path) -> Iterator[tuple[str, SimpleNamespace]]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (AttributeError, LookupError, TypeError) as exc:
+            raise ValueError(f"{index.name} does not say which file holds which tensor.") from exc
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -631,8 +634,12 @@ def header(file: Path) -> dict[str, SimpleNamespace]:
         if not 0 < length <= size - 8:
             raise ValueError(f"{file.name} is not a safetensors file, or was cut off (a Git LFS pointer?).")
         tensors = json.loads(opened.read(length))
-    tensors.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    try:
+        tensors.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        found = {name: SimpleNamespace(shape=tuple(entry["shape"])) for name, entry in tensors.items()}
+    except (AttributeError, LookupError, TypeError) as exc:
+        raise ValueError(f"{file.name} has a header that is not one of safetensors: it is damaged.") from exc
     if size != end:
         raise ValueError(f"{file.name} has {size} bytes, its header tells of {end}: it was cut off or is damaged.")
-    return {name: SimpleNamespace(shape=entry["shape"]) for name, entry in tensors.items()}
+    return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ouro_vllm import config as ouro_config
 from ouro_vllm import patches, speculation
 from ouro_vllm.names import ARCHITECTURE, MODEL_TYPE, OLDEST_VLLM, TOKENIZER_MODE
-from ouro_vllm.options import Depth, OuroOptions, refuse_depth
+from ouro_vllm.options import OuroOptions, refuse_depth
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -81,7 +81,7 @@ class OuroServerCheck:
         ouro_config.check(model_config.hf_config)
         options = OuroOptions.of(vllm_config)
         refuse_unsupported(vllm_config)
-        shallow = options.depth != Depth(options.max_loops)
+        shallow = not options.depth.full(options.max_loops)
         if shallow or options.shares:
             os.environ.setdefault(V2_RUNNER, "0")  # on CUDA vLLM prefers V2 where it is not told
         choose_worker(vllm_config, options)

@@ -18,7 +18,7 @@ SUMS = {
     "rows": ("vllm:ouro_rows", "Rows (request, position) that passes carried."),
     "dropped": ("vllm:ouro_rows_dropped", "Rows that left because a deeper readout disagreed with their token."),
     "restarts": ("vllm:ouro_restarts", "Times that a request restarted from a corrected token."),
-    "finished": ("vllm:ouro_rows_finished", "Rows that ran all loops."),
+    "finished": ("vllm:ouro_rows_finished", "Rows that were decided: by their last loop, or by the gate."),
     "seconds": ("vllm:ouro_pass_seconds", "Time in passes."),
 }
 
@@ -44,8 +44,12 @@ class Exported:
         self.sums = {name: Counter(metric, text, labels) for name, (metric, text) in SUMS.items()}
         self.tokens = Counter("vllm:ouro_tokens", "Tokens committed by requests under self-speculation.", labels)
         self.per_loop = {
-            "agreed": Counter("vllm:ouro_readouts_agreed", "Readouts equal to the last loop's.", [*labels, "loop"]),
-            "judged": Counter("vllm:ouro_readouts", "Readouts of rows that ran all loops.", [*labels, "loop"]),
+            "agreed": Counter(
+                "vllm:ouro_readouts_agreed", "Readouts equal to the one that decided.", [*labels, "loop"]
+            ),
+            "judged": Counter(
+                "vllm:ouro_readouts", "Readouts of decided rows, the deciding ones too.", [*labels, "loop"]
+            ),
         }
         self.in_flight = Gauge("vllm:ouro_rows_in_flight", "Rows kept between passes.", labels)
         self.entry = Gauge("vllm:ouro_entry_loop", "Loops a row has run when its readout is fed.", labels)

@@ -40,6 +40,10 @@ class Depth:
         """Whether the gate has anything to decide."""
         return self.threshold < 1.0 and self.least < self.loops
 
+    def full(self, loops: int) -> bool:
+        """Whether every token is read after the last of `loops`, which the server runs."""
+        return self.loops == loops and not self.gated
+
 
 @dataclass(frozen=True)
 class OuroOptions:
@@ -234,12 +238,28 @@ class RequestOptions:
                 loops share keys and values.
         """
         depth = self._depth(server)
-        if server.shares and (depth.loops < server.max_loops or depth.gated):
+        if server.shares and not depth.full(server.max_loops):
             raise OptionError(
                 "vllm_xargs: `ouro_loops` and `ouro_exit_threshold` need a server whose loops do not share keys and "
                 f'values; this one has kv_sharing "{server.kv_sharing}". Leave them out.'
             )
         return depth
+
+    def check_draft(self, vocabulary: int, longest: int) -> None:
+        """Raises OptionError for a draft that is no text: its tokens are fed as they are, and a wrong one would end
+        the engine.
+
+        vocabulary: tokens that the model knows. longest: of its contexts.
+        """
+        if len(self.ouro_draft) > longest:
+            raise OptionError(
+                f"vllm_xargs: `ouro_draft` has {len(self.ouro_draft)} tokens; the server's longest context "
+                f"(max_model_len) has {longest}."
+            )
+        if self.ouro_draft and max(self.ouro_draft) >= vocabulary:
+            raise OptionError(
+                f"vllm_xargs: `ouro_draft` names token {max(self.ouro_draft)}; the model's are 0 to {vocabulary - 1}."
+            )
 
     def _depth(self, server: OuroOptions) -> Depth:
         asked = server.depth
@@ -283,9 +303,9 @@ def speculates(params: Any) -> bool:
     """Whether a request with these sampling parameters (vLLM's SamplingParams) is drafted for.
 
     Not if it says so, and not where early readouts cannot know what vLLM's sampler will do to the last one: grammars
-    and whatever depends on the tokens before.
+    and whatever depends on the tokens before. Asked in every step, so options are not checked again.
     """
-    return bool(RequestOptions.parse(params.extra_args).ouro_speculate) and not (
+    return bool((params.extra_args or {}).get("ouro_speculate", 1)) and not (
         params.structured_outputs is not None
         or params.bad_words
         or params.allowed_token_ids

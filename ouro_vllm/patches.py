@@ -18,7 +18,7 @@ def validate_requests() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from ouro_vllm.options import Depth, OptionError, OuroOptions, depth_of, refuse_depth
+    from ouro_vllm.options import OptionError, OuroOptions, RequestOptions, refuse_depth
 
     original = InputProcessor._validate_params
     if hasattr(original, PLUGIN):
@@ -29,7 +29,9 @@ def validate_requests() -> None:
         if ARCHITECTURE in self.model_config.architectures:
             server = OuroOptions.of(self.vllm_config)
             try:
-                if depth_of(params, server) != Depth(server.max_loops):
+                asked = RequestOptions.parse(getattr(params, "extra_args", None))
+                asked.check_draft(self.model_config.get_vocab_size(), self.model_config.max_model_len)
+                if not asked.depth(server).full(server.max_loops):
                     refuse_depth(self.vllm_config)
             except OptionError as error:
                 raise VLLMValidationError(str(error), parameter="vllm_xargs") from error

@@ -45,7 +45,7 @@ class PlainDepths(KeyedDraws):
     ) -> Any:
         requests = [] if self._scheduled is None else list(self.input_batch.req_ids)
         depths = [self._depths[request] for request in requests]
-        if all(depth.loops == self._options.max_loops and not depth.gated for depth in depths):
+        if all(depth.full(self._options.max_loops) for depth in depths):
             return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
 
         model, deepest = self.get_model(), max(depth.loops for depth in depths)

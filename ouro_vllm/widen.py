@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ouro_vllm.checkpoint import read_config, read_weights
 from ouro_vllm.config import OuroConfig
-from ouro_vllm.weights import checked, expected_shapes
+from ouro_vllm.weights import expected_shapes
 
 
 class WidenError(ValueError):
@@ -39,17 +40,14 @@ def widen(source: Path, target: Path, sizes: Sizes, seed: int = 0) -> dict[str, 
     """Write the larger checkpoint to `target` (tokenizer and chat template are copied). Returns its config.json.
 
     Raises:
-        WidenError: a size is impossible, or `target` is not empty.
-        CheckpointError: the source's tensors do not fit its config.json.
+        WidenError: a size is impossible, or `target` is no new or empty folder.
+        CheckpointError: the source is no checkpoint, or its files do not fit each other.
     """
-    if target.exists() and any(target.iterdir()):
-        raise WidenError(f"{target} is not empty: name a new folder.")
-    old = json.loads((source / "config.json").read_text())
-    config = OuroConfig(**old)
-    new = larger(old, config, sizes)
-    files = sorted(source.glob("*.safetensors"))
-    read = ((name, tensor) for file in files for name, tensor in load_file(file).items())
-    weights = dict(checked(read, expected_shapes(config)))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise WidenError(f"{target} is not an empty folder: name a new one.")
+    config = read_config(source)
+    weights = read_weights(source, config)
+    new = larger(json.loads((source / "config.json").read_text()), config, sizes)
     weights = grown(weights, config, OuroConfig(**new), torch.Generator().manual_seed(seed))
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
@@ -90,6 +88,7 @@ def larger(old: dict[str, Any], config: OuroConfig, sizes: Sizes) -> dict[str, A
         "num_key_value_heads": config.num_key_value_heads * copies,
         "head_dim": config.head_dim,
         "layer_types": ["full_attention"] * layers,
+        "tie_word_embeddings": config.tie_word_embeddings,
     }
 
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import math
 import random
+import socket
 import subprocess
 import sys
+import threading
 from http import HTTPStatus
 from types import SimpleNamespace
 
@@ -12,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouro_vllm.anytime import Answer, AnytimeOptions, protocol, reduce
+from ouro_vllm.anytime import Answer, AnytimeError, AnytimeOptions, events, protocol, reduce
 from ouro_vllm.anytime.frames import HISTORY, Watch, ahead
 from ouro_vllm.anytime.pieces import Pieces, Text, cut
 from ouro_vllm.anytime.transcript import Transcript, remainder
 from ouro_vllm.chat import Screen
-from ouro_vllm.options import OptionError, RequestOptions
+from ouro_vllm.options import OptionError, OuroOptions, RequestOptions
 from ouro_vllm.wavefront.flight import Flight
 
 # A tokenizer: token i is the i-th of these, so that characters are spread over tokens.
@@ -79,6 +82,15 @@ def test_options():
 def test_bad_options_for_the_engine_are_named(given):
     with pytest.raises(OptionError, match=f"`{next(iter(given))}`"):
         RequestOptions.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("draft", "named"), [([0, 256], "names token 256; the model's are 0 to 255"), ([1] * 9, "has 9 tokens.*has 8")]
+)
+def test_a_draft_that_would_end_the_engine_is_refused(draft, named):
+    RequestOptions.parse({"ouro_draft": [255] * 8}).check_draft(256, 8)
+    with pytest.raises(OptionError, match=f"`ouro_draft` {named}"):
+        RequestOptions.parse({"ouro_draft": draft}).check_draft(256, 8)
 
 
 # Texts of tokens.
@@ -316,6 +328,37 @@ def test_lines_on_the_wire_hold_no_strange_line_ends():
     assert [protocol.decoded(line) for line in ("", ": keep-alive", "data: [DONE]")] == [None] * 3
 
 
+@pytest.mark.parametrize(
+    ("change", "key"), [({}, "ключ"), ({"temperature": math.nan}, None), ({"address": "http://127.0.0.1:8 0"}, None)]
+)
+def test_what_cannot_be_sent_is_one_error(change, key):
+    async def asked() -> None:
+        body = {"prompt": "x", **change}
+        async for _ in events(body.pop("address", "http://127.0.0.1:9/v1"), body, key):
+            pass
+
+    with pytest.raises(AnytimeError):
+        asyncio.run(asked())
+
+
+def test_a_server_of_another_kind_is_one_line(capsys):
+    from ouro_vllm.chat import main
+
+    with socket.create_server(("127.0.0.1", 0)) as strange:
+
+        def greet() -> None:
+            with strange.accept()[0] as client:
+                client.recv(1000)
+                client.sendall(b"SSH-2.0\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        assert main(f"http://127.0.0.1:{strange.getsockname()[1]}/v1", None, None, {}) == 1
+        thread.join()
+    errors = capsys.readouterr().err
+    assert "does not speak HTTP" in errors and errors.count("\n") == 1
+
+
 def test_client_code_needs_neither_torch_nor_vllm():
     script = "import sys, ouro_vllm.anytime, ouro_vllm.chat; print({'torch', 'vllm', 'httpx'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -445,6 +488,8 @@ def test_the_screen_passes_no_control_characters_on():
 
 # The routes, over outputs made here.
 
+PROGRESSIVE = {"anytime": {"mode": "progressive"}}
+
 
 def output(ids, text, finished=False, reason=None, frame=None):
     new = SimpleNamespace(token_ids=list(ids), text=text, finish_reason=reason or ("length" if finished else None))
@@ -457,6 +502,7 @@ class Service:
 
     def __init__(self, *answers) -> None:
         self.answers, self.asked, self.closed = list(answers), [], 0
+        self.server = OuroOptions(4)
         self.renderer = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: decode(ids)))
 
     async def ask(self, request, raw_request):
@@ -498,7 +544,7 @@ def post(app):
     from starlette.testclient import TestClient
 
     def post(service, body, path="completions", key="secret"):
-        app.state.ouro_anytime = SimpleNamespace(completion=service, chat=service)
+        app.state.ouro_anytime = SimpleNamespace(completion=service, chat=service, server=service.server)
         client = TestClient(app, raise_server_exceptions=False)
         return client.post(f"/v1/anytime/{path}", json=body, headers={"Authorization": f"Bearer {key}"} if key else {})
 
@@ -619,6 +665,8 @@ def test_refusals_come_as_a_status(post):
     [
         ({"prompt": "x", "n": 2}, "`n` is not for anytime endpoints"),
         ({"prompt": ["x", "y"]}, "`prompt` is not for"),
+        ({"prompt": [[5], [6]]}, "`prompt` is not for"),
+        ({"prompt": "x", "prompt_embeds": ["eA=="]}, "`prompt` is not for"),
         ({"prompt": "x", "echo": True}, "`echo`"),
         ({"prompt": "x", "logprobs": 1}, "`logprobs`"),
         ({"prompt": "x", "use_beam_search": True}, "`use_beam_search`"),
@@ -626,6 +674,9 @@ def test_refusals_come_as_a_status(post):
         ({"prompt": "x", "anytime": 5}, "`anytime` must be an object"),
         ({"prompt": "x", "vllm_xargs": {"ouro_draft": [1]}}, "`ouro_draft` is set by this endpoint itself"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
+        ({"prompt": "x", "vllm_xargs": {"ouro_exit_threshold": 5}, **PROGRESSIVE}, "`ouro_exit_threshold` is 5"),
+        ({"prompt": "x", "vllm_xargs": {"ouro_loops": 5}, **PROGRESSIVE}, "`ouro_loops` is 5"),
+        ({"prompt": "x", "vllm_xargs": {"ouro_min_loops": 0}, **PROGRESSIVE}, "`ouro_min_loops` is 0"),
     ],
 )
 def test_what_has_no_anytime_form_is_a_400_that_names_it(post, body, named):
@@ -633,6 +684,16 @@ def test_what_has_no_anytime_form_is_a_400_that_names_it(post, body, named):
     response = post(service, body)
     assert response.status_code == 400 and named in response.json()["error"]["message"], response.text
     assert not service.asked
+
+
+def test_a_draft_needs_a_server_that_knows_its_depth(post):
+    service = Service()
+    service.server = OuroOptions(4, kv_sharing="last")
+    error = post(service, {"prompt": "x", **PROGRESSIVE}).json()["error"]
+    assert error["code"] == 400 and error["message"].startswith('`anytime.mode` "progressive" begins with a draft')
+    service = Service([output([0], "a", True)])
+    service.server = OuroOptions(4, kv_sharing="last")
+    assert reduce(told(post(service, {"prompt": ["x"]}))).committed == "a"
 
 
 def test_tools_are_refused(post):

@@ -153,9 +153,10 @@ def test_an_earlier_run_is_reported_anew(fake, tmp_path, capsys):
     # Batch 2: 5 rows cost 5 / 4 against 1. Batch 8: 20 rows cost 5 against 2.
     assert "| *1.60* |" in readme.read_text() and "| *0.80* |" in readme.read_text()
     assert "flat to 4 rows" in capsys.readouterr().out
-    saved.write_text('{"model": "m"}')
-    assert cli.main(["bench", "--from", str(saved)]) == 1
-    assert "not figures of this version" in capsys.readouterr().err
+    for strange in ('{"model": "m"}', '{"series": 5}', "[]"):
+        saved.write_text(strange)
+        assert cli.main(["bench", "--from", str(saved)]) == 1
+        assert "not figures of this version" in capsys.readouterr().err
     assert cli.main(["bench", "--from", str(tmp_path / "none")]) == 1
     assert "cannot be read" in capsys.readouterr().err
 
@@ -256,7 +257,7 @@ def test_a_stopped_child_ends_when_its_parent_is_killed():
         (["--batch", "1,-2"], "argument --batch: '-2' is no"),
         (["--batch", "two"], "argument --batch: 'two' is no"),
         (["--rounds", "0"], "argument --rounds: '0' is no"),
-        (["--modes", "plain,eager"], "argument --modes: unknown mode 'eager'; there are plain, draft-verify"),
+        (["--modes", "plain,eager"], "argument --modes: unknown mode 'eager': there are plain, draft-verify"),
         (["--modes", "wavefront"], "argument --modes: plain is missing"),
         (["--dtype", "int8"], "argument --dtype"),
     ],
@@ -291,6 +292,7 @@ def test_missing_input_is_named(fake, tmp_path, monkeypatch, capsys):
     assert "lacks `<!-- bench -->` or `<!-- /bench -->`" in refused(folder, "--readme", str(tmp_path / "README.md"))
     assert "--passes 129: vLLM takes no more than 128" in refused(folder, "--passes", "129")
     assert "cannot be written" in refused(folder, "--json", str(tmp_path / "fake.py" / "x.json"))
+    assert "cannot be written: name a file" in refused(folder, "--json", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "--png needs matplotlib, the extra `bench`" in refused(folder, "--png", "x.png")
     assert not asked(folder)

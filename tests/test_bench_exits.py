@@ -10,10 +10,8 @@ from conftest import CHECKPOINT
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import Depth, Reference, exit_loops
-from tokenizers import Tokenizer
 
 from ouro_vllm.bench.exits import curve
-from ouro_vllm.bench.exits.data import held_out, sizes, sums
 from ouro_vllm.bench.exits.policies import (
     FIXED,
     GATE,
@@ -31,8 +29,9 @@ from ouro_vllm.bench.exits.policies import (
     settings,
     windows,
 )
-from ouro_vllm.bench.run import save
+from ouro_vllm.bench.results import save
 from ouro_vllm.cli import build_parser, main
+from ouro_vllm.evaluation import data
 from ouro_vllm.evaluation.forward import Looped
 from ouro_vllm.evaluation.policies import EvalError
 
@@ -44,7 +43,7 @@ def forward():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    return data.tokenizer(CHECKPOINT)
 
 
 def test_the_forward_is_the_references(forward, reference, heldout):
@@ -156,22 +155,24 @@ def test_sums_are_right_fresh_for_each_size_and_the_same_every_time(tokenizer):
         a, b = value(tokens), value(tokens)
         return {"+": a + b, "-": a - b, "*": a * b}[head]
 
-    for operators in sizes():
-        found = sums(tokenizer, operators, 20)
-        assert found == sums(tokenizer, operators, 20)
-        for prompt, answer in zip(found.prompts, found.answers, strict=True):
-            line = tokenizer.decode(prompt).rpartition("\n")[2]
+    for operators in range(1, data.corpus().LARGEST_TREE + 1):
+        found = data.sums(tokenizer, operators, 20, "sums")
+        assert found == data.sums(tokenizer, operators, 20, "sums") != data.sums(tokenizer, operators, 20)
+        for one in found:
+            line = tokenizer.decode(one.ids).rpartition("\n")[2]
+            assert tokenizer.decode(one.ids[: one.prompt]).endswith("\n") and "\n" not in line
             assert sum(map(line.count, "+-*")) == operators
-            assert int(tokenizer.decode([answer])) == value(line.removesuffix(" =").split()) % 5
-    assert found.chance == max(found.answers.count(answer) for answer in set(found.answers)) / 20
+            assert int(tokenizer.decode([one.answer])) == value(line.removesuffix(" =").split()) % 5
+    answers = [one.answer for one in found]
+    assert data.commonest(found) == max(map(answers.count, answers)) / 20
 
 
 def test_padding_does_not_show_in_the_answers_to_sums(forward, tokenizer, reference):
-    found = sums(tokenizer, 4, 40)
+    found = data.sums(tokenizer, 4, 40)
     scores = score_sums(forward, found)
     for row in (0, 31, 32, 39):
-        depths = reference.run(found.prompts[row])
-        said = [float(depth.logits[-1].argmax() == found.answers[row]) for depth in depths]
+        depths = reference.run(found[row].ids)
+        said = [float(depth.logits[-1].argmax() == found[row].answer) for depth in depths]
         assert scores.right[:, row].tolist() == said
 
 
@@ -179,17 +180,16 @@ def test_held_out_text(tokenizer, tmp_path):
     from corpus import library
 
     names = {document.text: document.held_out for document in library()}
-    ids = held_out(tokenizer, None, 3000)
+    ids = data.stream(tokenizer, None, 2048, 3000)
     first = tokenizer.decode(ids[1 : ids.index(ids[0], 1)], skip_special_tokens=False)
     assert len(ids) == 3000 and names[first]
     file = tmp_path / "text"
     file.write_text("def f(x):\n    return x\n")
-    assert tokenizer.decode(held_out(tokenizer, file, 100)) == file.read_text()
-    assert len(held_out(tokenizer, file, 5)) == 5
-    for wrong, named in ((tmp_path / "none", "cannot be read"), (tmp_path / "empty", "no text")):
-        (tmp_path / "empty").write_text("")
+    assert tokenizer.decode(data.stream(tokenizer, file, 2048)) == file.read_text()
+    assert len(data.stream(tokenizer, file, 2048, 5)) == 5
+    for wrong, vocabulary, named in ((tmp_path / "none", 2048, "cannot be read"), (file, 9, "beyond `vocab_size` 9")):
         with pytest.raises(EvalError, match=named):
-            held_out(tokenizer, wrong, 100)
+            data.stream(tokenizer, wrong, vocabulary)
 
 
 # What is reported.
@@ -250,5 +250,8 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path, capsys
     prompts.write_text('["text"]')
     assert main(["bench", "--exit", "--model", str(folder), "--prompts", str(prompts)]) == 1
     assert "holds no tokenizer.json" in capsys.readouterr().err
+    (tmp_path / "empty").write_text("")
+    assert main(["bench", "--exit", "--text", str(tmp_path / "empty")]) == 1
+    assert "fewer than 2 tokens" in capsys.readouterr().err
     assert main(["bench", "--exit", "--from", str(prompts)]) == 1
     assert "leave out --from" in capsys.readouterr().err

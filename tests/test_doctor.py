@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -303,6 +304,16 @@ def test_file_cut_off(checkpoint):
 def test_not_safetensors(checkpoint, content):
     (checkpoint / "model.safetensors").write_bytes(content)
     broken(only(look_at(checkpoint)), "not a safetensors file", "download")
+
+
+def test_damaged_headers(checkpoint):
+    file = checkpoint / "model.safetensors"
+    for header in (b"[]", b'{"x": 5}', b'{"x": {}}', b'{"x": {"shape": 5, "data_offsets": [0, 0]}}'):
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        broken(only(look_at(checkpoint)), "header", "damaged", "download")
+    for index in ("{}", "[]", '{"weight_map": 5}'):
+        (checkpoint / "model.safetensors.index.json").write_text(index)
+        broken(only(look_at(checkpoint)), "does not say which file", "download")
 
 
 def test_no_weights(checkpoint):

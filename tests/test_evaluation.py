@@ -14,9 +14,9 @@ from reference import Reference
 from torch import Tensor
 
 from ouro_vllm import cli
-from ouro_vllm.evaluation import data, report, sharing
+from ouro_vllm.evaluation import data, measure, report
 from ouro_vllm.evaluation.forward import Cache, Looped, follow
-from ouro_vllm.evaluation.policies import POLICIES, EvalError, Sharing
+from ouro_vllm.evaluation.policies import POLICIES, EvalError, Setting
 from ouro_vllm.weights import CheckpointError
 
 SHAPES = {
@@ -76,9 +76,9 @@ class TokenByToken(Reference):
     def looked_up(self, name: str, position: int) -> tuple[Tensor, Tensor]:
         """Key and value that the current row reads of an earlier position, or of its own."""
         own = self.kv[self.loop, name, position]
-        if self.policy == "per_loop" or self.position < self.prompt or position == self.position:
+        if self.policy == "per_loop" or self.position < self.prompt:
             return own
-        border = max(0, self.position - self.window + 1)
+        border = max(0, self.position - max(1, self.window) + 1)
         while border % self.block:
             border -= 1
         if position >= border:
@@ -138,7 +138,7 @@ def test_every_policy_is_its_definition(tmp_path, policy, shape):
         ids = fresh(163, 2, prompt + generated, seed=dice.randrange(2**31))
         cache = Cache(model.config, *ids.shape)
         model.extend(ids[:, :prompt], cache)
-        hidden = follow(model, ids, cache, prompt, Sharing(policy, window, block))
+        hidden = follow(model, ids, cache, prompt, Setting(policy, window, block))
         for row in range(2):
             slow = TokenByToken(folder, policy, window, block, prompt)
             right = torch.stack(list(slow.generate(ids[row].tolist())))[prompt:]
@@ -151,15 +151,15 @@ def test_a_cache_is_used_again_and_a_long_window_is_per_loop(tmp_path):
     ids = fresh(163, 2, 31, seed=3)
     used = Cache(model.config, 2, 31)
     model.extend(ids[:, :13], used)
-    base = follow(model, ids, used, 13, Sharing("per_loop"))
+    base = follow(model, ids, used, 13, Setting("per_loop"))
     for policy in ("last", "average", "first", "last"):
-        again = follow(model, ids, used, 13, Sharing(policy, 4))
+        again = follow(model, ids, used, 13, Setting(policy, 4))
         new = Cache(model.config, 2, 31)
         model.extend(ids[:, :13], new)
-        assert torch.equal(again, follow(model, ids, new, 13, Sharing(policy, 4)))
+        assert torch.equal(again, follow(model, ids, new, 13, Setting(policy, 4)))
         assert (again - base).abs().max() > 1e-3
-        assert (follow(model, ids, used, 13, Sharing(policy, 31)) - base).abs().max() < 1e-4
-    assert (follow(model, ids, used, 13, Sharing("per_loop")) - base).abs().max() < 1e-4
+        assert (follow(model, ids, used, 13, Setting(policy, 31)) - base).abs().max() < 1e-4
+    assert (follow(model, ids, used, 13, Setting("per_loop")) - base).abs().max() < 1e-4
 
 
 def test_rows_that_would_read_what_is_not_final_are_refused(tmp_path):
@@ -178,12 +178,12 @@ def test_rows_that_would_read_what_is_not_final_are_refused(tmp_path):
         (1, 1, [0, 1, 2, 3, 4, 5]),
         (3, 1, [0, 0, 0, 1, 2, 3]),
         (3, 2, [0, 0, 0, 0, 2, 2]),
-        (0, 3, [0, 0, 2, 3, 3, 5]),
+        (0, 3, [0, 0, 0, 3, 3, 3]),
     ],
 )
 def test_window_starts(window, block, starts):
-    assert [Sharing("last", window, block).start(position) for position in range(6)] == starts
-    assert [Sharing("per_loop", window, block).start(position) for position in range(6)] == [0] * 6
+    assert [Setting("last", window, block).start(position) for position in range(6)] == starts
+    assert [Setting("per_loop", window, block).start(position) for position in range(6)] == [0] * 6
 
 
 # What is measured on.
@@ -217,8 +217,8 @@ def test_windows_are_spread_over_the_text():
 @pytest.fixture(scope="module")
 def small() -> dict:
     """Figures of the bundled checkpoint, few of everything."""
-    plan = sharing.Plan(CHECKPOINT, list(POLICIES), [0, 16], sequences=6, tokens=120, prompt=60, sums=8)
-    return sharing.measure(plan, lambda said: None)
+    plan = measure.Plan(CHECKPOINT, list(POLICIES), [0, 16], sequences=6, tokens=120, prompt=60, sums=8)
+    return measure.measure(plan, lambda said: None)
 
 
 def cost(figures: dict, policy: str, window: int) -> float:
@@ -258,15 +258,15 @@ def test_figures_are_those_of_the_reference(small, heldout):
 
 
 def test_means_and_errors():
-    found = sharing.mean(torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
+    found = measure.mean(torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
     assert found == {"mean": 3.0, "error": pytest.approx((7 / 3) ** 0.5)}
-    assert sharing.mean(torch.tensor([2.0]))["error"] is None
+    assert measure.mean(torch.tensor([2.0]))["error"] is None
 
 
 def test_sequences_run_together_or_apart_measure_the_same(small, monkeypatch):
-    monkeypatch.setattr(sharing, "MOST_SEQUENCES", 4)
-    plan = sharing.Plan(CHECKPOINT, ["average"], [0], sequences=6, tokens=120, prompt=60, sums=0)
-    apart = sharing.measure(plan, lambda said: None)
+    monkeypatch.setattr(measure, "MOST_SEQUENCES", 4)
+    plan = measure.Plan(CHECKPOINT, ["average"], [0], sequences=6, tokens=120, prompt=60, sums=0)
+    apart = measure.measure(plan, lambda said: None)
     assert cost(apart, "average", 0) == pytest.approx(cost(small, "average", 0), abs=1e-5)
 
 
@@ -327,7 +327,7 @@ def test_a_control_that_does_not_cost_most_is_told(small):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--kv-sharing", "last,frist"], "Unknown KV sharing policy 'frist': there are per_loop, last, average, first"),
+        (["--kv-sharing", "last,frist"], "unknown KV sharing policy 'frist': there are per_loop, last, average, first"),
         (["--kv-window=-1"], "'-1' is no whole number from 0 on"),
         (["--kv-window", "0,x"], "'x' is no whole number from 0 on"),
         (["--tokens", "0"], "'0' is no whole number from 1 on"),
@@ -381,11 +381,11 @@ def test_checkpoints_that_cannot_be_evaluated_are_named(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="lacks 1 tensor"):
         Looped(edit(folder, model__norm__weight=None))
     (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(EvalError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         Looped(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(EvalError, match="holds no .*safetensors"):
+    with pytest.raises(CheckpointError, match="holds no .*safetensors"):
         Looped(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(EvalError, match="config.json: "):
+    with pytest.raises(CheckpointError, match="config.json: "):
         Looped(folder)

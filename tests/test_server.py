@@ -194,6 +194,11 @@ def test_metrics_of_depth(server, client):
         ({"extra_body": {"vllm_xargs": {"ouro_depth": 2}}}, openai.BadRequestError, "unknown option `ouro_depth`"),
         ({"extra_body": {"vllm_xargs": {"ouro_loops": 5}}}, openai.BadRequestError, "`ouro_loops` is 5"),
         ({"extra_body": {"vllm_xargs": {"ouro_exit_threshold": 2}}}, openai.BadRequestError, "`ouro_exit_threshold`"),
+        (
+            {"extra_body": {"vllm_xargs": {"ouro_draft": [2048]}}},
+            openai.BadRequestError,
+            "`ouro_draft` names token 2048",
+        ),
         ({"logit_bias": {"5": 3}}, openai.BadRequestError, "logit_bias"),
     ],
 )

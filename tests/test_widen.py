@@ -8,6 +8,7 @@ from checkpoints import write
 from conftest import CHECKPOINT
 from reference import Reference
 
+from ouro_vllm.cli import main
 from ouro_vllm.config import OuroConfig
 from ouro_vllm.weights import expected_shapes
 from ouro_vllm.widen import Sizes, WidenError, widen
@@ -64,6 +65,35 @@ def test_tied_embeddings_and_a_folder_in_use_are_refused(tmp_path):
     tied = write(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(WidenError, match="ties its embeddings"):
         widen(tied, tmp_path / "target", Sizes(hidden=256))
-    with pytest.raises(WidenError, match="not empty"):
+    with pytest.raises(WidenError, match="not an empty folder"):
         widen(tied, tied, Sizes())
     assert json.loads((tied / "config.json").read_text())["hidden_size"] == 128
+
+
+def test_an_output_matrix_beside_tied_embeddings_is_kept(tmp_path):
+    """vLLM unties such a checkpoint, and so does the larger one."""
+    source = write(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert widen(source, tmp_path / "target", Sizes(hidden=256))["tie_word_embeddings"] is False
+    small, large = Reference(source).run([5, 9, 100]), Reference(tmp_path / "target").run([5, 9, 100])
+    assert (small[-1].logits - large[-1].logits).abs().max() < 1e-4
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    source = write(tmp_path / "source")
+    (tmp_path / "file").write_text("")
+    cases = [
+        (source, tmp_path / "file", "file is not an empty folder"),
+        (tmp_path, tmp_path / "target", "no config.json"),
+    ]
+    (broken := write(tmp_path / "broken") / "model.safetensors").write_bytes(b"broken")
+    cases.append((broken.parent, tmp_path / "target", "cannot be read"))
+    for text in ("{", '{"hidden_size": "wide"}', "[]"):
+        (tmp_path / text[:2]).mkdir()
+        (tmp_path / text[:2] / "config.json").write_text(text)
+        cases.append((tmp_path / text[:2], tmp_path / "target", "config.json: "))
+    for folder, target, named in cases:
+        assert main(["widen", str(folder), str(target)]) == 1
+        errors = capsys.readouterr().err
+        assert named in errors and errors.count("\n") == 1

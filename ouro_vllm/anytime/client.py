@@ -21,7 +21,7 @@ async def events(
     options are wanted. timeout: seconds without any event.
 
     Raises:
-        AnytimeError: see there.
+        AnytimeError: see there; also where address, key or body cannot be sent as they are.
     """
     import httpx
 
@@ -44,7 +44,7 @@ async def events(
                         raise AnytimeError(event["error"]["message"])
                     yield event
                     ended = event["type"] == "done"
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise AnytimeError(f"{base_url}: {type(error).__name__} {error}".rstrip()) from error
     if not ended:
         raise AnytimeError(f"{base_url}: the answer broke off")

@@ -33,8 +33,8 @@ from vllm.outputs import RequestOutput
 from ouro_vllm.anytime import protocol
 from ouro_vllm.anytime.protocol import AnytimeOptions, Event
 from ouro_vllm.anytime.transcript import Transcript
-from ouro_vllm.names import PLUGIN
-from ouro_vllm.options import OptionError
+from ouro_vllm.names import ARCHITECTURE, PLUGIN
+from ouro_vllm.options import OptionError, OuroOptions, RequestOptions
 
 logger = init_logger(f"vllm.{PLUGIN}.anytime")
 
@@ -89,10 +89,11 @@ class RawChat(OpenAIServingChat):
 
 @dataclass
 class Services:
-    """What the routes speak to; kept in the app's state."""
+    """What the routes speak to; kept in the app's state. server: its options, None if its model is not ours."""
 
     completion: RawCompletion
     chat: RawChat
+    server: OuroOptions | None
 
 
 class Refused(Exception):
@@ -120,7 +121,9 @@ class AnytimeEndpoints:
             raw = copy.copy(made)
             raw.__class__ = kind
             services.append(raw)
-        state.ouro_anytime = Services(*services)
+        config = engine_client.vllm_config
+        ours = ARCHITECTURE in config.model_config.architectures
+        state.ouro_anytime = Services(*services, OuroOptions.of(config) if ours else None)
 
 
 router = APIRouter()
@@ -131,8 +134,7 @@ router = APIRouter()
 @load_aware_call
 async def create_completion(request: AnytimeCompletionRequest, raw_request: Request) -> Response:
     """A completion as it forms."""
-    several = isinstance(request.prompt, list) and request.prompt and not isinstance(request.prompt[0], int)
-    return await respond(raw_request.app.state.ouro_anytime.completion, request, raw_request, bool(several))
+    return await respond(raw_request.app.state.ouro_anytime.completion, request, raw_request)
 
 
 @router.post("/v1/anytime/chat/completions", dependencies=[Depends(validate_json_request)])
@@ -149,15 +151,13 @@ async def page() -> Response:
     return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
 
-async def respond(service: Any, request: Any, raw_request: Request, several: bool = False) -> Response:
+async def respond(service: Any, request: Any, raw_request: Request) -> Response:
     """The stream of events; refusals come as an HTTP status, so nothing is sent before the first event is there.
-
-    several: the request has more than one prompt.
 
     Raises:
         VLLMValidationError: an option that cannot be used; vLLM answers with 400.
     """
-    options = checked(request, several)
+    options = checked(request, raw_request.app.state.ouro_anytime.server)
     stream = told(service, request, raw_request, options)
     try:
         first = await anext(stream)
@@ -170,15 +170,18 @@ async def respond(service: Any, request: Any, raw_request: Request, several: boo
     return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
 
-def checked(request: Any, several: bool) -> AnytimeOptions:
-    """The request's options. Raises VLLMValidationError, naming the field, for what has no anytime form."""
+def checked(request: Any, server: OuroOptions | None) -> AnytimeOptions:
+    """The request's options. Raises VLLMValidationError, naming the field, for what has no anytime form.
+
+    server: see `Services`.
+    """
     try:
         options = AnytimeOptions.parse(request.anytime)
     except OptionError as error:
         raise VLLMValidationError(str(error), parameter="anytime") from error
     for field, given, why in (
         ("n", (request.n or 1) != 1, "one answer forms at a time: send n = 1"),
-        ("prompt", several, "one answer forms at a time: send one prompt"),
+        ("prompt", prompts(request) > 1, "one answer forms at a time: send one prompt"),
         ("use_beam_search", request.use_beam_search, "beams have no committed prefix"),
         ("echo", request.echo, "only the answer is streamed"),
         ("logprobs", request.logprobs, "events carry none; `anytime.trace` sends probabilities by depth"),
@@ -195,7 +198,32 @@ def checked(request: Any, several: bool) -> AnytimeOptions:
     for field in ("ouro_anytime", "ouro_draft"):
         if field in xargs:
             raise VLLMValidationError(f"vllm_xargs: `{field}` is set by this endpoint itself.", parameter="vllm_xargs")
+    if server is not None:
+        check_depths(xargs, options, server)
     return options
+
+
+def prompts(request: Any) -> int:
+    """How many prompts a completion has (a chat has none of these): texts or token ids, and embeddings."""
+    count = 0
+    for given in (getattr(request, "prompt", None), getattr(request, "prompt_embeds", None)):
+        several = isinstance(given, list) and given and not isinstance(given[0], int)
+        count += len(given) if several else given is not None
+    return count
+
+
+def check_depths(xargs: dict[str, Any], options: AnytimeOptions, server: OuroOptions) -> None:
+    """Raises VLLMValidationError for what the engine would refuse, behind a draft in the middle of the stream."""
+    try:
+        RequestOptions.parse(xargs).depth(server)
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+    if options.mode == "progressive":
+        try:
+            RequestOptions.parse(of_draft(xargs)).depth(server)
+        except OptionError as error:
+            why = f'`anytime.mode` "progressive" begins with a draft at depth {DRAFT_DEPTH}. {error}'
+            raise VLLMValidationError(why, parameter="anytime") from error
 
 
 async def written(first: list[Event], rest: AsyncIterator[list[Event]]) -> AsyncGenerator[str, None]:
@@ -279,8 +307,12 @@ async def until(
 
 def drafted(request: Any) -> Any:
     """The request for a draft of the same answer."""
-    kept = {name: value for name, value in request.vllm_xargs.items() if name not in OF_ANSWER}
-    return request.model_copy(update={"vllm_xargs": {**kept, "ouro_anytime": 0, "ouro_loops": DRAFT_DEPTH}})
+    return request.model_copy(update={"vllm_xargs": {**of_draft(request.vllm_xargs), "ouro_anytime": 0}})
+
+
+def of_draft(xargs: dict[str, Any]) -> dict[str, Any]:
+    """The options of a request for a draft of the answer that these are for."""
+    return {name: value for name, value in xargs.items() if name not in OF_ANSWER} | {"ouro_loops": DRAFT_DEPTH}
 
 
 def opened(service: Any, request: Any, output: RequestOutput, options: AnytimeOptions) -> Transcript:

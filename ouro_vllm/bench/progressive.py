@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 from ouro_vllm.anytime import Answer, AnytimeError, events
 from ouro_vllm.chat import served_model
-
-PROMPT = "def read_config(filename, encoding=None):\n"
+from ouro_vllm.demo import PROMPT
 
 
 @dataclass

@@ -1,9 +1,7 @@
 """Conducts a benchmark: starts the engines, asks them in turn, writes down what they measured."""
 
-import importlib.util
 import json
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -17,6 +15,7 @@ from ouro_vllm.bench import report
 from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, BenchError, Child, stop_all
 from ouro_vllm.bench.figures import PROJECTION, Measurement, as_json, summaries
 from ouro_vllm.bench.modes import BASE, engine_options, speculative
+from ouro_vllm.bench.results import Results, finish, read, save
 from ouro_vllm.cpu import KV_SPACE, environment, is_cpu_build
 from ouro_vllm.demo import looks_like_folder
 from ouro_vllm.sharing import AVERAGE
@@ -57,84 +56,29 @@ class Plan:
         return max(FEWEST_REQUESTS, self.turns * batch)
 
 
-@dataclass(frozen=True)
-class Results:
-    """Where results go besides stdout; None leaves one out. mark: see `report.marks`."""
-
-    json: Path | None = None
-    png: Path | None = None
-    readme: Path | None = None
-    mark: str = "bench"
-
-
 def main(plan: Plan, results: Results) -> int:
     """Measure, print and write. Returns the exit status: 1 after saying which input is wrong or which engine failed."""
 
     def steps() -> dict[str, Any]:
-        prompts = read_prompts(plan)
-        make_folders(results)
         # After every batch size, so that a run that is cut short leaves what it measured.
-        return measure(plan, prompts, lambda figures: save(figures, results.json))
+        return measure(plan, read_prompts(plan), lambda figures: save(figures, results.json))
 
-    return finish(steps, plan.flat_rows, results)
+    return told(steps, plan.flat_rows, results)
 
 
 def redraw(source: Path, flat_rows: int, results: Results) -> int:
     """As `main`, with the figures that an earlier run wrote to `source`."""
-
-    def steps() -> dict[str, Any]:
-        make_folders(results)
-        try:
-            return json.loads(source.read_text())
-        except (OSError, ValueError) as error:
-            raise BenchError(f"{source} cannot be read as figures of an earlier run: {error}") from None
-
-    return finish(steps, flat_rows, results)
+    return told(lambda: read(source), flat_rows, results)
 
 
-def finish(steps: Callable[[], dict[str, Any]], flat_rows: int, results: Results) -> int:
+def told(steps: Callable[[], dict[str, Any]], flat_rows: int, results: Results) -> int:
     """Take figures from `steps`, then report them."""
-    try:
-        check(results)
-        figures = steps()
-        try:
-            summarise(figures, flat_rows)
-            text = report.text(figures)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BenchError(f"These are not figures of this version of bench: {error!r}") from error
-    except BenchError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(text)
-    save(figures, results.json)
-    if results.readme is not None:
-        report.into_readme(results.readme, results.mark, report.for_readme(figures))
-    if results.png is not None:
-        report.draw(figures, results.png)
-    return 0
 
+    def text(figures: dict[str, Any]) -> str:
+        summarise(figures, flat_rows)
+        return report.text(figures)
 
-def check(results: Results) -> None:
-    """Raises BenchError for what could not be written in the end, before anything is started."""
-    if results.readme is not None:
-        page = results.readme.read_text() if results.readme.is_file() else None
-        begin, end = report.marks(results.mark)
-        if page is None:
-            raise BenchError(f"{results.readme} is not there: --readme names the file that takes the table.")
-        if begin not in page or end not in page:
-            raise BenchError(f"{results.readme} lacks `{begin}` or `{end}`: add both where the table is to stand.")
-    if results.png is not None and importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--png needs matplotlib, the extra `bench`: pip install -e '.[bench]', or leave --png out.")
-
-
-def make_folders(results: Results) -> None:
-    """For the files to be written. Raises BenchError where there can be none."""
-    for path in (results.json, results.png):
-        try:
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BenchError(f"{path} cannot be written: {error}") from None
+    return finish(steps, results, text, report.for_readme, report.draw)
 
 
 def read_prompts(plan: Plan) -> list[str]:
@@ -278,11 +222,3 @@ def summarise(figures: dict[str, Any], flat_rows: int) -> None:
     figures["projection"] = {"flat_rows": flat_rows, "what": PROJECTION}
     for series in figures["series"].values():
         summaries(series, BASE, figures["loops"], flat_rows)
-
-
-def save(figures: dict[str, Any], path: Path | None) -> None:
-    """Write the figures, if there is a file for them."""
-    if path is not None:
-        text = json.dumps(figures, indent=1)
-        # Lists of numbers on one line.
-        path.write_text(re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")

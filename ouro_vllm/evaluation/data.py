@@ -1,10 +1,11 @@
-"""What a checkpoint is evaluated on, as token ids: text it was not trained on, and sums.
+"""What a checkpoint is evaluated on (here and in `bench.exits`), as token ids: text it was not trained on, and sums.
 
 Both come from `examples/tiny/corpus.py`, which also says what the bundled checkpoint was trained on.
 """
 
 import importlib.util
 import random
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,8 +35,8 @@ def corpus() -> ModuleType:
     """The bundled checkpoint's corpus. Raises EvalError where the examples are not beside the package."""
     if not CORPUS.is_file():
         raise EvalError(
-            f"{CORPUS} is not there: install ouro-vllm from a checkout (pip install -e .), or name a text of your own "
-            "with --text FILE and leave the sums out with --sums 0."
+            f"{CORPUS} is not there: install ouro-vllm from a checkout (pip install -e .), or let `ouro-vllm eval` do "
+            "without: --text FILE --sums 0."
         )
     spec = importlib.util.spec_from_file_location("ouro_tiny_corpus", CORPUS)
     module = importlib.util.module_from_spec(spec)
@@ -54,13 +55,32 @@ def tokenizer(folder: Path) -> Tokenizer:
         raise EvalError(f"{file} cannot be read: {error}") from None
 
 
-def held_out(tokens: Tokenizer) -> list[int]:
-    """The documents the bundled checkpoint was not trained on, an end-of-text token before, between and after them."""
+def stream(tokens: Tokenizer, file: Path | None, vocabulary: int, most: int | None = None) -> list[int]:
+    """A text of a user's own or the held-out one, at most `most` tokens; vocabulary: of the model.
+
+    Raises:
+        EvalError: the file cannot be read, or the model knows fewer tokens than the tokenizer.
+    """
+    ids = held_out(tokens, most) if file is None else own_text(tokens, file)[:most]
+    if max(ids, default=0) >= vocabulary:
+        raise EvalError(f"The checkpoint's tokenizer.json has tokens beyond `vocab_size` {vocabulary}.")
+    return ids
+
+
+def held_out(tokens: Tokenizer, most: int | None = None) -> list[int]:
+    """The documents the bundled checkpoint was not trained on, an end-of-text token before, between and after them.
+
+    most: tokens at which to stop.
+    """
     end = tokens.token_to_id(corpus().END)
     if end is None:
         raise EvalError(f"The tokenizer has no {corpus().END}: name a text of your own with --text FILE.")
-    documents = held_out_documents()
-    return [end] + [token for text in documents for token in (*tokens.encode(text).ids, end)]
+    ids = [end]
+    for text in held_out_documents():
+        if most is not None and len(ids) >= most:
+            break
+        ids += [*tokens.encode(text).ids, end]
+    return ids[:most]
 
 
 @cache
@@ -93,13 +113,15 @@ def windows(stream: list[int], count: int, size: int) -> Tensor:
     return torch.tensor([stream[at : at + size + 1] for at in places])
 
 
-def sums(tokens: Tokenizer, operators: int, count: int) -> list[Sum]:
-    """The model card's sums of this size (`sum_prompts` in examples/tiny/evaluate.py), the first `count` of them.
+def sums(tokens: Tokenizer, operators: int, count: int, series: str = "evaluate") -> list[Sum]:
+    """The first `count` sums of this size, after the Mano task of arXiv 2510.25741; the same at every call.
+
+    series: another name, other sums; this one is the model card's (`sum_prompts` in examples/tiny/evaluate.py).
 
     Raises:
         EvalError: the tokenizer does not read an answer as one token.
     """
-    dice, found = random.Random(f"evaluate {operators}"), []
+    dice, found = random.Random(f"{series} {operators}"), []
     for _ in range(count):
         sizes = (dice.randint(1, corpus().LARGEST_TREE) for _ in range(SUMS_BEFORE))
         before = "".join([corpus().sum_line(dice, size) for size in sizes])
@@ -110,3 +132,8 @@ def sums(tokens: Tokenizer, operators: int, count: int) -> list[Sum]:
             raise EvalError("The tokenizer does not read a digit as one token: leave the sums out with --sums 0.")
         found.append(Sum(ids, len(prompt), answer))
     return found
+
+
+def commonest(asked: list[Sum]) -> float:
+    """Accuracy of always giving the answer that is right most often."""
+    return Counter(one.answer for one in asked).most_common(1)[0][1] / len(asked)

@@ -4,20 +4,17 @@ Structure as in `ouro_vllm.model` (arXiv 2510.25741, section 2). Shapes: B seque
 in one call, D = hidden_size, H = head_dim, G key-value heads, T positions, R loops, L layers.
 """
 
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ouro_vllm.config import OuroConfig, check
-from ouro_vllm.evaluation.policies import EvalError, Sharing
-from ouro_vllm.weights import checked, expected_shapes
+from ouro_vllm.checkpoint import read_config, read_weights
+from ouro_vllm.config import OuroConfig
+from ouro_vllm.evaluation.policies import CONTROL, EvalError, Setting
+from ouro_vllm.sharing import AVERAGE, LAST
 
 KEYS, VALUES = 0, 1
 
@@ -38,11 +35,11 @@ class Cache:
     def rewind(self, length: int, policy: str) -> None:
         """Forget all positions from `length` on, and share by `policy` from now on."""
         self.own[..., length:, :] = math.nan
-        self.averages = policy == "average"
+        self.averages = policy == AVERAGE
         if self.averages:
             self.shared = torch.full_like(self.own[:, 0], math.nan)
         else:
-            self.shared = {"last": self.own[:, -1], "first": self.own[:, 0]}.get(policy)
+            self.shared = {LAST: self.own[:, -1], CONTROL: self.own[:, 0]}.get(policy)
         self.length = 0
         self.finish(length)
 
@@ -60,11 +57,17 @@ class Looped:
     def __init__(self, folder: Path) -> None:
         """
         Raises:
-            EvalError: there is no checkpoint, or one that cannot be evaluated here.
-            CheckpointError: its tensors do not fit its config.json.
+            CheckpointError: there is no checkpoint, or its files do not fit each other.
+            EvalError: it cannot be evaluated here.
         """
         self.config = read_config(folder)
-        self.weights = read_weights(folder, self.config)
+        rope = self.config.rope_parameters or {}
+        if rope.keys() - {"type"} != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
+            raise EvalError(
+                f"{folder}/config.json: the forward knows rotary positions of `rope_type` 'default' only; there they "
+                f"are {rope}."
+            )
+        self.weights = read_weights(folder, self.config, torch.float32)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> [..., D]."""
@@ -87,7 +90,7 @@ class Looped:
     def extend(self, ids: Tensor, cache: Cache, starts: list[int] | None = None) -> list[Tensor]:
         """Run all loops over the next c tokens of each sequence, ids [B, c]. -> hidden states [B, c, D] after each.
 
-        starts: for each of the c rows the first position whose own-loop KV it reads (`Sharing.start`), not falling;
+        starts: for each of the c rows the first position whose own-loop KV it reads (`Setting.start`), not falling;
         None is 0 for all: own-loop KV everywhere, as in a prompt.
 
         Raises:
@@ -177,47 +180,14 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def read_config(folder: Path) -> OuroConfig:
-    """config.json of the folder. Raises EvalError naming what is missing or not supported."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise EvalError(f"{folder} holds no config.json: name a checkpoint's folder.")
-    try:
-        config = OuroConfig(**json.loads(file.read_text()))
-        check(config)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise EvalError(f"{file}: {' '.join(str(error).split())}") from None
-    rope = config.rope_parameters or {}
-    if rope.keys() - {"type"} != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
-        raise EvalError(f"{file}: eval knows rotary positions of `rope_type` 'default' only; there they are {rope}.")
-    return config
-
-
-def read_weights(folder: Path, config: OuroConfig) -> dict[str, Tensor]:
-    """Name -> tensor in float32. An `lm_head.weight` beside tied embeddings is used, as vLLM does.
-
-    Raises EvalError where there are no weights, CheckpointError where they do not fit the config.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise EvalError(f"{folder} holds no *.safetensors: name the folder of a downloaded checkpoint.")
-    try:
-        found = [(name, tensor.float()) for file in files for name, tensor in load_file(file).items()]
-    except (OSError, SafetensorError) as error:
-        raise EvalError(f"The weights in {folder} cannot be read: {error}") from None
-    if any(name == "lm_head.weight" for name, _ in found):
-        config.tie_word_embeddings = False
-    return dict(checked(found, expected_shapes(config)))
-
-
-def follow(model: Looped, ids: Tensor, cache: Cache, prompt: int, sharing: Sharing) -> Tensor:
+def follow(model: Looped, ids: Tensor, cache: Cache, prompt: int, setting: Setting) -> Tensor:
     """Read ids [B, T] from position `prompt` on as generated tokens -> hidden states [B, T - prompt, D] of loop R.
 
     cache: holds the prompt's KV; afterwards all positions'.
     """
-    cache.rewind(prompt, sharing.policy)
+    cache.rewind(prompt, setting.policy)
     pieces = []
-    for begin, end in sharing.steps(prompt, ids.shape[1]):
-        starts = [sharing.start(position) for position in range(begin, end)]
+    for begin, end in setting.steps(prompt, ids.shape[1]):
+        starts = [setting.start(position) for position in range(begin, end)]
         pieces.append(model.extend(ids[:, begin:end], cache, starts)[-1])
     return torch.cat(pieces, 1)

@@ -1,13 +1,16 @@
-"""Which KV a row reads under each sharing policy. Pure Python; the rule is that of the server."""
+"""Which KV a row reads under each sharing policy. Pure Python; the rule is the server's (`ouro_vllm.sharing`)."""
 
 from dataclasses import dataclass
 
-BASE = "per_loop"  # what all are compared with: the model as trained
+from ouro_vllm import sharing
+from ouro_vllm.sharing import AVERAGE, LAST
+
+BASE = sharing.PER_LOOP  # what all are compared with: the model as trained
 CONTROL = "first"  # must fail clearly, or the measurement cannot be believed; not served
 POLICIES = {
     BASE: "every loop reads the KV it wrote",
-    "last": "behind the window every loop reads what the last one wrote",
-    "average": "behind the window every loop reads the mean over the loops",
+    LAST: "behind the window every loop reads what the last one wrote",
+    AVERAGE: "behind the window every loop reads the mean over the loops",
     CONTROL: "behind the window every loop reads what the first one wrote: the control, for the evaluation only",
 }
 
@@ -17,11 +20,11 @@ class EvalError(ValueError):
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Setting:
     """A policy and how far back a generated token still reads its own loop's KV.
 
-    window: tokens, the reading one among them, which it reads at window 0 too. block: the window's start is rounded
-    down to a multiple of it (a server's KV block; 1 is exact to the token).
+    window: tokens, the reading one among them; 0 is 1, for no row can read itself as shared. block: the window's start
+    is rounded down to a multiple of it (a server's KV block; 1 is exact to the token).
 
     Raises:
         EvalError: an unknown policy, a negative window, a block below 1.
@@ -45,13 +48,13 @@ class Sharing:
 
     def start(self, position: int) -> int:
         """First position whose own-loop KV the generated token at `position` reads; before it, it reads shared KV."""
-        if not self.shares:
-            return 0
-        behind = max(0, position + 1 - self.window) // self.block * self.block
-        # A row's own position is never shared: it is not final while the row runs.
-        return min(position, behind)
+        return self._rule.start(position, 0) if self.shares else 0
 
     def steps(self, begin: int, end: int) -> list[tuple[int, int]]:
         """Cut generated positions begin..end-1 so that what a row reads of shared KV lies before its own piece."""
-        size = max(self.window, 1) if self.shares else max(end - begin, 1)
-        return [(at, min(at + size, end)) for at in range(begin, end, size)]
+        runs = self._rule.runs(begin, end, begin) if self.shares else [(begin, end)]
+        return [(first, until) for first, until in runs if first < until]
+
+    @property
+    def _rule(self) -> sharing.Sharing:
+        return sharing.Sharing(self.policy, max(1, self.window), self.block)

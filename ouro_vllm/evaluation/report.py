@@ -1,14 +1,15 @@
-"""Tables of figures that `sharing` measured, beside the paper's."""
+"""Tables of figures that `measure` measured, beside the paper's."""
 
 from typing import Any
 
 from ouro_vllm.bench.report import markdown
 from ouro_vllm.evaluation.policies import BASE, CONTROL, POLICIES
+from ouro_vllm.sharing import AVERAGE, LAST
 
 # arXiv 2510.25741, Table 14: accuracy in percent of the 1.4B model, KV reused in decoding only.
 PAPER = {
-    "GSM8K": {BASE: 78.92, "last": 78.85, "average": 78.73, CONTROL: 18.73},
-    "MATH-500": {BASE: 82.40, "last": 80.40, "average": 78.52, CONTROL: 8.43},
+    "GSM8K": {BASE: 78.92, LAST: 78.85, AVERAGE: 78.73, CONTROL: 18.73},
+    "MATH-500": {BASE: 82.40, LAST: 80.40, AVERAGE: 78.52, CONTROL: 8.43},
 }
 
 

@@ -4,7 +4,6 @@ Quality comes from a forward over held-out text and arithmetic that runs all loo
 what it serves: fixed depths and the gate, plainly and under self-speculation.
 """
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any
 
 from ouro_vllm import __version__
 from ouro_vllm.bench import run
-from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, BenchError, Child, stop_all
+from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, Child, stop_all
 from ouro_vllm.bench.exits import curve
-from ouro_vllm.bench.exits.data import held_out, sizes, sums
-from ouro_vllm.bench.exits.policies import FIXED, GATE
-from ouro_vllm.bench.report import into_readme
+from ouro_vllm.bench.exits.policies import FIXED, GATE, quality, score_sums, score_text, settings
+from ouro_vllm.bench.results import Results, finish, save
+from ouro_vllm.evaluation import data
+from ouro_vllm.evaluation.forward import Looped
 from ouro_vllm.evaluation.policies import EvalError
-from ouro_vllm.weights import CheckpointError
 
+SUMS = "sums"  # their series, see `evaluation.data.sums`
 FLAGS = {FIXED: "ouro_loops", GATE: "ouro_exit_threshold"}  # what a request says to be served so
 
 
@@ -40,45 +40,33 @@ class Plan:
     thresholds: list[float]
 
 
-def main(plan: Plan, results: run.Results) -> int:
+def main(plan: Plan, results: Results) -> int:
     """Measure, print and write. Returns the exit status: 1 after saying what is wrong."""
-    try:
-        run.check(results)
+
+    def steps() -> dict[str, Any]:
         prompts = run.read_prompts(plan.speed)
-        run.make_folders(results)
         figures = qualities(plan)
-        run.save(figures, results.json)
+        save(figures, results.json)
         speeds(plan, prompts, figures)
-    except (BenchError, CheckpointError, EvalError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    run.save(figures, results.json)
-    print(curve.text(figures))
-    if results.readme is not None:
-        into_readme(results.readme, results.mark, curve.for_readme(figures))
-    if results.png is not None:
-        curve.draw(figures, results.png)
-    return 0
+        return figures
+
+    return finish(steps, results, curve.text, curve.for_readme, curve.draw)
 
 
 def qualities(plan: Plan) -> dict[str, Any]:
     """Loss and accuracy of every policy at every setting."""
-    from tokenizers import Tokenizer
-
-    from ouro_vllm.bench.exits.policies import quality, score_sums, score_text, settings
-    from ouro_vllm.evaluation.forward import Looped
-
     folder = Path(plan.speed.model)
-    if not (folder / "tokenizer.json").is_file():
-        raise BenchError(f"{folder} holds no tokenizer.json: --exit needs a checkpoint's folder.")
-    forward, tokenizer = Looped(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens, forward = data.tokenizer(folder), Looped(folder)
     loops = forward.config.total_ut_steps
-    text = score_text(forward, held_out(tokenizer, plan.text, plan.text_tokens))
+    ids = data.stream(tokens, plan.text, forward.config.vocab_size, plan.text_tokens)
+    if len(ids) < 2:
+        raise EvalError("The text has fewer than 2 tokens: raise --text-tokens, or name a longer --text.")
+    text = score_text(forward, ids)
     print(f"held-out text: {text.loss.shape[1]} tokens read", flush=True)
     scored, chances = {}, {}
-    for operators in sizes():
-        found = sums(tokenizer, operators, plan.sums)
-        scored[operators], chances[str(operators)] = score_sums(forward, found), found.chance
+    for operators in range(1, data.corpus().LARGEST_TREE + 1):
+        asked = data.sums(tokens, operators, plan.sums, SUMS)
+        scored[operators], chances[str(operators)] = score_sums(forward, asked), data.commonest(asked)
     print(f"arithmetic: {plan.sums} expressions of each of {len(scored)} sizes read", flush=True)
     return {
         "model": folder.name,

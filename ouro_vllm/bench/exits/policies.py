@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ouro_vllm.bench.exits.data import Sums
+from ouro_vllm.evaluation.data import Sum
 from ouro_vllm.evaluation.forward import Looped
 
 FIXED, GATE, SURE, STILL = "fixed", "gate", "top-1", "change"
@@ -79,15 +79,15 @@ def windows(count: int) -> Iterator[tuple[int, int, int]]:
         done = stop
 
 
-def score_sums(forward: Looped, sums: Sums) -> Scores:
+def score_sums(forward: Looped, sums: list[Sum]) -> Scores:
     """The answers to expressions of one size."""
-    last = torch.tensor([len(prompt) - 1 for prompt in sums.prompts])
+    last = torch.tensor([len(one.ids) - 1 for one in sums])
     # What is padded on the right is in the future of the position that is read.
-    ids = torch.tensor([prompt + [0] * (int(last.max()) + 1 - len(prompt)) for prompt in sums.prompts])
-    found = []
+    ids = torch.tensor([one.ids + [0] * (int(last.max()) + 1 - len(one.ids)) for one in sums])
+    answers, found = torch.tensor([one.answer for one in sums]), []
     for some in torch.arange(len(ids)).split(32):
         states = [state[torch.arange(len(some)), last[some]] for state in forward.read(ids[some])]
-        found.append(score_rows(forward, states, torch.tensor(sums.answers)[some]))
+        found.append(score_rows(forward, states, answers[some]))
     return joined(found)
 
 

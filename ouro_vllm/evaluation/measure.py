@@ -1,10 +1,8 @@
 """Measures what sharing the KV cache across loops costs: loss and agreement on text, accuracy on sums."""
 
-import json
 import platform
-import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ouro_vllm import __version__
-from ouro_vllm.bench.children import BenchError
-from ouro_vllm.bench.report import into_readme
-from ouro_vllm.bench.run import Results, make_folders, save
-from ouro_vllm.bench.run import check as check_results
+from ouro_vllm.bench.results import Results, finish, read
 from ouro_vllm.evaluation import data, report
 from ouro_vllm.evaluation.forward import Cache, Looped, follow
-from ouro_vllm.evaluation.policies import BASE, EvalError, Sharing
-from ouro_vllm.weights import CheckpointError
+from ouro_vllm.evaluation.policies import BASE, EvalError, Setting
 
 LARGEST_SUM = 4  # operators; the bundled checkpoint is at chance beyond
 CACHE_BYTES = 2**30  # of KV at once, which bounds how many sequences are run together
@@ -34,7 +28,7 @@ class Plan:
     """What to measure.
 
     model: a checkpoint's folder. policies, windows: every policy at every window; BASE is measured once, in any case.
-    block: see `Sharing`. sequences of `tokens` tokens each, the first `prompt` of which are a prompt; the rest counts
+    block: see `Setting`. sequences of `tokens` tokens each, the first `prompt` of which are a prompt; the rest counts
     as generated. sums: how many of each size. text: a file instead of the held-out text.
     """
 
@@ -49,47 +43,25 @@ class Plan:
     text: Path | None = None
 
     @property
-    def settings(self) -> list[Sharing]:
-        """BASE first. Raises EvalError as `Sharing` does."""
-        shared = [Sharing(policy, window, self.block) for policy in self.policies for window in self.windows]
-        return [Sharing(BASE), *dict.fromkeys(one for one in shared if one.shares)]
+    def settings(self) -> list[Setting]:
+        """BASE first. Raises EvalError as `Setting` does."""
+        shared = [Setting(policy, window, self.block) for policy in self.policies for window in self.windows]
+        return [Setting(BASE), *dict.fromkeys(one for one in shared if one.shares)]
 
 
 def main(plan: Plan, results: Results) -> int:
     """Measure, print and write. Returns the exit status: 1 after saying which input is wrong."""
-    return finish(lambda: measure(plan, lambda said: print(said, flush=True)), results)
+    return told(lambda: measure(plan, lambda said: print(said, flush=True)), results)
 
 
 def redraw(source: Path, results: Results) -> int:
     """As `main`, with the figures that an earlier run wrote to `source`."""
-
-    def read() -> dict[str, Any]:
-        try:
-            return json.loads(source.read_text())
-        except (OSError, ValueError) as error:
-            raise EvalError(f"{source} cannot be read as figures of an earlier run: {error}") from None
-
-    return finish(read, results)
+    return told(lambda: read(source), results)
 
 
-def finish(steps: Callable[[], dict[str, Any]], results: Results) -> int:
+def told(steps: Callable[[], dict[str, Any]], results: Results) -> int:
     """Take figures from `steps`, then report them."""
-    try:
-        check_results(results)
-        make_folders(results)
-        figures = steps()
-        try:
-            text = report.text(figures)
-        except (KeyError, TypeError) as error:
-            raise EvalError(f"These are not figures of this version of eval: {error!r}") from error
-    except (EvalError, BenchError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"\n{text}")
-    save(figures, results.json)
-    if results.readme is not None:
-        into_readme(results.readme, results.mark, text)
-    return 0
+    return finish(steps, results, lambda figures: f"\n{report.text(figures)}", report.text)
 
 
 @torch.inference_mode()
@@ -105,17 +77,15 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     check(plan)
     model, tokens = Looped(plan.model), data.tokenizer(plan.model)
     check_model(plan, model)
-    stream = data.own_text(tokens, plan.text) if plan.text else data.held_out(tokens)
+    stream = data.stream(tokens, plan.text, model.config.vocab_size)
     ids = data.windows(stream, plan.sequences, plan.tokens)
     asked = {size: data.sums(tokens, size, plan.sums) for size in range(1, LARGEST_SUM + 1)} if plan.sums else {}
-    if max(stream) >= model.config.vocab_size:
-        raise EvalError(f"{plan.model}: tokenizer.json has tokens beyond `vocab_size` {model.config.vocab_size}.")
     figures = heading(plan, model)
     scores = read_text(model, ids, plan.prompt, settings, say)
     hits = {size: answer_sums(model, some, settings) for size, some in asked.items()}
     if asked:
         say(f"sums: {plan.sums} of each size answered")
-    figures["chance"] = [commonest(some) for some in asked.values()]
+    figures["chance"] = [data.commonest(some) for some in asked.values()]
     figures["settings"] = [
         {
             "policy": one.policy,
@@ -169,7 +139,7 @@ def together(model: Looped, ids: Tensor) -> Iterator[Tensor]:
     yield from ids.split(max(1, min(MOST_SEQUENCES, CACHE_BYTES // (4 * entries * ids.shape[1]))))
 
 
-def runs(model: Looped, ids: Tensor, prompt: int, settings: list[Sharing]) -> Iterator[tuple[Sharing, Tensor]]:
+def runs(model: Looped, ids: Tensor, prompt: int, settings: list[Setting]) -> Iterator[tuple[Setting, Tensor]]:
     """ids [B, T] under each setting -> hidden states [B, T - prompt, D]. The prompt, the same for all, is read once."""
     cache = Cache(model.config, *ids.shape)
     model.extend(ids[:, :prompt], cache)
@@ -186,10 +156,10 @@ class Scores:
 
 
 def read_text(
-    model: Looped, ids: Tensor, prompt: int, settings: list[Sharing], say: Callable[[str], None]
-) -> dict[Sharing, Scores]:
+    model: Looped, ids: Tensor, prompt: int, settings: list[Setting], say: Callable[[str], None]
+) -> dict[Setting, Scores]:
     """ids [B, T + 1], each sequence with the token after its last."""
-    pieces: dict[Sharing, list[Scores]] = defaultdict(list)
+    pieces: dict[Setting, list[Scores]] = defaultdict(list)
     done = 0
     for some in together(model, ids):
         for one, hidden in runs(model, some[:, :-1], prompt, settings):
@@ -213,7 +183,7 @@ def score(model: Looped, hidden: Tensor, targets: Tensor) -> Scores:
     return Scores(torch.stack(loss), torch.stack(top))
 
 
-def answer_sums(model: Looped, asked: list[data.Sum], settings: list[Sharing]) -> dict[Sharing, Tensor]:
+def answer_sums(model: Looped, asked: list[data.Sum], settings: list[Setting]) -> dict[Setting, Tensor]:
     """-> for each setting, whether each sum's greedy answer, one token, is right: [sums] of 0 and 1."""
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, one in enumerate(asked):
@@ -225,11 +195,6 @@ def answer_sums(model: Looped, asked: list[data.Sum], settings: list[Sharing]) -
         for one, hidden in runs(model, ids, prompt, settings):
             hits[one][torch.tensor(numbers)] = (model.logits(hidden[:, -1]).argmax(-1) == answers).float()
     return hits
-
-
-def commonest(asked: list[data.Sum]) -> float:
-    """Accuracy of always giving the answer that is right most often."""
-    return Counter(one.answer for one in asked).most_common(1)[0][1] / len(asked)
 
 
 def on_text(scores: Scores, base: Scores) -> dict[str, Any]:
