@@ -108,6 +108,19 @@ def assert_banked(llm, pairs, tokens=48, least=0.3):
     assert llm.drafts.accepted - before > least * tokens * len(pairs)
 
 
+def preempted(llm):
+    """A list that grows: of every request that loses its blocks from now on, how many tokens it had generated."""
+    scheduler, lost = scheduler_of(llm), []
+    preempt = scheduler._preempt_request
+
+    def note(request, *args, **more):
+        lost.append(request.num_output_tokens)
+        return preempt(request, *args, **more)
+
+    scheduler._preempt_request = note
+    return lost
+
+
 def assert_idle(llm):
     """Nothing is held for requests that are done."""
     core = llm.llm_engine.engine_core.engine_core
@@ -579,15 +592,9 @@ def test_twins_in_one_step(engine, bank):
 
 def test_preemption(engine, bank):
     """Seven requests in a cache for about three: they lose their blocks in mid-flight and are computed again."""
-    pairs, lost = bank[30:37], []
     with drafting(engine, num_gpu_blocks_override=4 * 18, max_model_len=256) as llm:
-        scheduler = scheduler_of(llm)
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *args, **more: (
-            lost.append(request.num_output_tokens),
-            preempt(request, *args, **more),
-        )
-        assert_banked(llm, pairs, TOKENS, least=0.1)
+        lost = preempted(llm)
+        assert_banked(llm, bank[30:37], TOKENS, least=0.1)
         assert_idle(llm)
     assert any(lost)
 
