@@ -94,16 +94,42 @@ def test_speculation_batched_and_alone(engine, bank, policy):
         assert_idle(llm)
 
 
-def test_chunked_prompts_and_preemption(engine, bank, policy):
-    """A cache for about half of the requests, and prompts cut into chunks of odd sizes beside decoding."""
+def test_chunked_prompts_and_preemption(engine, bank, policy, monkeypatch):
+    """A cache for about half of the requests, and prompts cut into chunks of odd sizes beside decoding.
+
+    What is published as cached meanwhile are the prompts' whole blocks, of every group, and nothing else.
+    """
+    from vllm.config import KVEventsConfig
+    from vllm.distributed.kv_events import BlockStored
+
     with speculating(
-        engine, policy, max_num_batched_tokens=61, max_num_seqs=13, num_gpu_blocks_override=84, max_model_len=480
+        engine,
+        policy,
+        max_num_batched_tokens=61,
+        max_num_seqs=13,
+        num_gpu_blocks_override=84,
+        max_model_len=480,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     ) as llm:
-        lost = preempted(llm)
+        lost, events = preempted(llm), []
+        monkeypatch.setattr(scheduler_of(llm).kv_event_publisher, "publish", lambda batch: events.extend(batch.events))
         assert_banked(llm, bank[:9])
         assert_banked(llm, bank[9:])
         assert_idle(llm)
     assert max(lost, default=0) > 2 * WINDOW
+    stored = [event for event in events if isinstance(event, BlockStored)]
+    blocks = {
+        (event.group_idx, *event.token_ids[at : at + BLOCK])
+        for event in stored
+        for at in range(0, len(event.token_ids), BLOCK)
+    }
+    assert blocks == {
+        (group, *ids[at : at + BLOCK])
+        for group in range(4 if policy == LAST else 5)
+        for ids, _ in bank
+        for at in range(0, len(ids) - BLOCK + 1, BLOCK)
+    }
+    assert len(stored) < len(events)  # others were told to be gone
 
 
 def test_preemption_without_speculation(engine, bank, policy):
