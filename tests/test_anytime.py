@@ -421,8 +421,7 @@ def streams(llm, asked: list[list[int]], tokens: int) -> list[Answer]:
             tell(number, transcripts[number].told(new.token_ids, new.text, frame, output.finished))
     for number, client in enumerate(clients):
         assert client.provisional == "" and client.tail_ids == [] and len(client.token_ids) == tokens
-        if number % 2:
-            assert not client.traces
+        assert sorted(client.traces) == ([] if number % 2 else list(range(tokens)))
         for place, said in client.traces.items():
             assert (said[-1]["token_id"], said[-1]["depth"]) == (client.token_ids[place], client.depth[place])
     return clients

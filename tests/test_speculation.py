@@ -609,8 +609,8 @@ def test_preemption(engine, bank):
         texts = [output.outputs[0].text for output in ask(llm, asked, params(max_tokens=TOKENS, detokenize=True))]
     assert any(lost)
     for answer, text, (_, wanted) in zip(answers, texts, pairs, strict=True):
-        assert (answer.token_ids, answer.committed) == (wanted, text)
-    print([(answer.depth, answer.retracted) for answer in answers], lost)
+        assert (answer.token_ids, answer.committed, answer.depth) == (wanted, text, [4] * TOKENS)
+    assert any(answer.retracted for answer in answers)
 
 
 def test_end_of_context(engine, bank):
@@ -634,7 +634,7 @@ def test_tensor_parallel(engine, bank, monkeypatch):
         assert_banked(llm, bank[10:18], least=0)
         answers = streams(llm, [ids for ids, _ in bank[10:16]], 48)
     assert [answer.token_ids for answer in answers] == [answer[:48] for _, answer in bank[10:16]]
-    assert all(set(answer.depth) == {4} and answer.retracted for answer in answers)
+    assert all(answer.depth == [4] * 48 for answer in answers) and any(answer.retracted for answer in answers)
 
 
 def test_bfloat16_differs_in_near_ties_only(engine, heldout, capsys):
