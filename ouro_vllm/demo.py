@@ -108,7 +108,7 @@ def main(model: str, prompt: str, question: str, max_tokens: int, timeout: float
     handle, log = tempfile.mkstemp(prefix="ouro-vllm-demo-", suffix=".log")
     os.close(handle)
     print(f"$ {shlex.join(command)}\nserver log: {log}", flush=True)
-    server = Server(command, port, Path(log), environment(os.environ))
+    server = Server(command, port, Path(log), environment(os.environ, serve_args))
     return demonstrate(server, prompt, question, max_tokens, timeout)
 
 

@@ -187,7 +187,7 @@ def story(
 ) -> tuple[list[dict], str, list[int]]:
     """Events of one request with `answer`. Returns them, the text vLLM would answer, and its tokens."""
     trace = dice.random() < 0.5
-    transcript, events = Transcript(decode, [0, 1], stops, trace), []
+    transcript, events = Transcript(decode, [0, 1], stops, trace, len(answer)), []
     if progressive:
         draft, place = [t if dice.random() < 0.9 else dice.randrange(len(BYTES)) for t in answer], 0
         while True:
@@ -230,6 +230,7 @@ def test_events_reduce_to_the_answer_whatever_was_provisional(answer, stopping, 
         assert client.committed.startswith(before), "what was committed has changed"
         before = client.committed
         assert client.token_ids == slow.final
+        assert len(client.token_ids + client.tail_ids) <= len(answer)
         assert (client.tail_ids, client.provisional if client.tail_ids else "") == (
             slow.tail,
             slow.text if slow.tail else "",
@@ -288,6 +289,13 @@ def test_a_draft_is_taken_up_again_where_the_answer_comes_back_to_it():
     assert remainder([1, 2, 3, 4, 5, 1, 2, 3, 4, 6], [0, 1, 2, 3, 4]) == [5, 1, 2, 3, 4, 6]  # the nearest one
     assert remainder([1, 2, 3, 4, 5], [2, 3, 4]) == []  # too short to be sure
     assert remainder([1, 2, 3, 4, 5], [9, 8, 7, 6]) == []
+
+
+def test_a_draft_that_is_taken_up_again_ends_where_the_answer_must():
+    transcript = Transcript(decode, [], [], False, longest=8)
+    transcript.drafted([0, 1, 0, 3, 0, 1, 1, 0], "", 1, True)
+    transcript.told([1, 1, 0, 1, 0, 3], "", None, False)  # two tokens later than in the draft
+    assert transcript.client.tail_ids == [0, 1] and transcript.client.tail_depth == [1, 1]
 
 
 def test_a_reader_that_is_late_gets_all_commits_in_one_and_the_newest_tail():
@@ -404,6 +412,62 @@ def test_a_watch_remembers_what_was_said_and_is_bounded():
     assert len(watch.decided) == len(watch.said) == HISTORY and watch.first == [7, 1]
     watch.commit(Flight(4), 6, 1)  # computed plainly: nothing was heard
     assert watch.frame(None, 6, 9)["decided"][-1] is None and json.dumps(watch.frame(None, 6, 9))
+
+
+# Streams of an engine in this process, for the modules that have one.
+
+
+def streams(llm, asked: list[list[int]], tokens: int) -> list[Answer]:
+    """Answers to prompts of token ids that go through `llm` together as anytime requests, greedy, of `tokens` tokens.
+
+    Every other one is traced, every third brings a draft along, made by the same engine at depth 1. Each event is fed
+    to the reducer and to its slow reference.
+    """
+    from functools import partial
+
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    wish = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in asked]
+    shallow = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args={"ouro_loops": 1})
+    drafts = llm.generate(prompts[::3], shallow, use_tqdm=False)
+    engine, decode = llm.llm_engine, partial(llm.get_tokenizer().decode, skip_special_tokens=True)
+    transcripts, clients, slow = [], [Answer() for _ in asked], [Slow() for _ in asked]
+
+    def tell(number: int, events: list[dict]) -> None:
+        client, before = clients[number], clients[number].committed
+        for event in events:
+            client.feed(event)
+            slow[number].feed(event)
+            assert client.committed.startswith(before)
+            assert (client.token_ids, client.tail_ids) == (slow[number].final, slow[number].tail)
+            assert client.retracted == slow[number].lost
+            assert len(client.token_ids) + len(client.tail_ids) <= tokens
+            assert all(0 <= depth <= 4 for depth in client.tail_depth)
+
+    for number, prompt in enumerate(prompts):
+        traced = number % 2 == 0
+        transcripts.append(Transcript(decode, asked[number], [], traced, tokens))
+        new, extra = wish.clone(), {"ouro_anytime": 1 + traced}
+        if number % 3 == 0:
+            draft = drafts[number // 3].outputs[0]
+            tell(number, transcripts[number].drafted(draft.token_ids, draft.text, 1, True))
+            extra["ouro_draft"] = list(draft.token_ids)
+        new.extra_args = extra
+        engine.add_request(f"{number}", prompt, new)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            number, new = int(output.request_id), output.outputs[0]
+            frame = (output.kv_transfer_params or {}).get("ouro")
+            assert frame is not None or output.finished
+            tell(number, transcripts[number].told(new.token_ids, new.text, frame, output.finished))
+    for number, client in enumerate(clients):
+        assert client.provisional == "" and client.tail_ids == [] and len(client.token_ids) == tokens
+        assert sorted(client.traces) == ([] if number % 2 else list(range(tokens)))
+        for place, said in client.traces.items():
+            assert (said[-1]["token_id"], said[-1]["depth"]) == (client.token_ids[place], client.depth[place])
+    return clients
 
 
 # The terminal.

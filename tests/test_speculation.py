@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import write
 from reference import Reference
+from test_anytime import streams
 from test_exactness import assert_greedy, greedy, prompts
 
 TOKENS = 128
@@ -106,6 +107,19 @@ def assert_banked(llm, pairs, tokens=48, least=0.3):
     got = greedy(llm, [ids for ids, _ in pairs], tokens)
     assert got == [answer[:tokens] for _, answer in pairs]
     assert llm.drafts.accepted - before > least * tokens * len(pairs)
+
+
+def preempted(llm):
+    """A list that grows: of every request that loses its blocks from now on, how many tokens it had generated."""
+    scheduler, lost = scheduler_of(llm), []
+    preempt = scheduler._preempt_request
+
+    def note(request, *args, **more):
+        lost.append(request.num_output_tokens)
+        return preempt(request, *args, **more)
+
+    scheduler._preempt_request = note
+    return lost
 
 
 def assert_idle(llm):
@@ -578,18 +592,25 @@ def test_twins_in_one_step(engine, bank):
 
 
 def test_preemption(engine, bank):
-    """Seven requests in a cache for about three: they lose their blocks in mid-flight and are computed again."""
-    pairs, lost = bank[30:37], []
+    """Seven requests in a cache for about three: they lose their blocks in mid-flight and are computed again.
+
+    Then as anytime requests, whose events go on where they were.
+    """
+    pairs = bank[30:37]
+    asked = [ids for ids, _ in pairs]
     with drafting(engine, num_gpu_blocks_override=4 * 18, max_model_len=256) as llm:
-        scheduler = scheduler_of(llm)
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *args, **more: (
-            lost.append(request.num_output_tokens),
-            preempt(request, *args, **more),
-        )
+        lost = preempted(llm)
         assert_banked(llm, pairs, TOKENS, least=0.1)
         assert_idle(llm)
+        assert any(lost)
+        lost.clear()
+        answers = streams(llm, asked, TOKENS)
+        assert_idle(llm)
+        texts = [output.outputs[0].text for output in ask(llm, asked, params(max_tokens=TOKENS, detokenize=True))]
     assert any(lost)
+    for answer, text, (_, wanted) in zip(answers, texts, pairs, strict=True):
+        assert (answer.token_ids, answer.committed, answer.depth) == (wanted, text, [4] * TOKENS)
+    assert any(answer.retracted for answer in answers)
 
 
 def test_end_of_context(engine, bank):
@@ -611,6 +632,9 @@ def test_tensor_parallel(engine, bank, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with drafting(engine, ouro=ADAPTIVE, tensor_parallel_size=2) as llm:
         assert_banked(llm, bank[10:18], least=0)
+        answers = streams(llm, [ids for ids, _ in bank[10:16]], 48)
+    assert [answer.token_ids for answer in answers] == [answer[:48] for _, answer in bank[10:16]]
+    assert all(answer.depth == [4] * 48 for answer in answers) and any(answer.retracted for answer in answers)
 
 
 def test_bfloat16_differs_in_near_ties_only(engine, heldout, capsys):

@@ -319,4 +319,5 @@ def opened(service: Any, request: Any, output: RequestOutput, options: AnytimeOp
     """The transcript of a request whose first output this is."""
     decode = partial(service.renderer.tokenizer.decode, skip_special_tokens=request.skip_special_tokens)
     stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
-    return Transcript(decode, output.prompt_token_ids or (), stops, options.trace)
+    longest = getattr(request, "max_completion_tokens", None) or request.max_tokens
+    return Transcript(decode, output.prompt_token_ids or (), stops, options.trace, longest)

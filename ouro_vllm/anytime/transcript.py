@@ -20,11 +20,18 @@ class Transcript:
     """Events of one answer.
 
     decode: token ids -> text. prompt: its token ids. stops: stop strings. trace: whether traces are wanted.
+    longest: tokens that the answer can have, None if that is not known.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], prompt: Sequence[int], stops: Sequence[str], trace: bool
+        self,
+        decode: Callable[[list[int]], str],
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        trace: bool,
+        longest: int | None = None,
     ) -> None:
+        self.longest = longest
         self.stops, self.trace, self.prompt = [stop for stop in stops if stop], trace, len(prompt)
         self.decode, self.text, self.draft_text = decode, Text(decode, prompt), Text(decode, prompt)
         self.client = Answer()  # what a client knows that got all events
@@ -98,6 +105,8 @@ class Transcript:
         if self.draft:
             rest = remainder(self.draft, client.token_ids + tail)
             tail, depths = tail + rest, depths + [1] * len(rest)
+        if self.longest is not None:  # what is left of a draft may be more than there is room for
+            tail, depths = tail[: self.longest - known], depths[: self.longest - known]
         return tail, depths
 
     def _behind(self, tail: list[int]) -> list[str]:
