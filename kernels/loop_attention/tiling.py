@@ -14,8 +14,8 @@ from triton.backends.compiler import GPUTarget
 
 from ouro_vllm.kernels.launch import current_target, processors
 
-# Splits a tile's KV may have, and KV tiles that a split must have for its second kernel to be worth it.
-MOST_SPLITS, LEAST_KV_TILES = 64, 4
+# Splits a tile's KV may have, and positions that a split must read for its second kernel to be worth it.
+MOST_SPLITS, LEAST_READ = 64, 256
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def plan(
             continue
         if splits is None:
             wanted = 2 * processors(device) // (count * kv_heads)
-            useful = int(length[chosen].max()) // (LEAST_KV_TILES * shape.block_n)
+            useful = int(length[chosen].max()) // LEAST_READ
             pieces = max(1, min(wanted, useful, MOST_SPLITS))
             pieces = 1 << (pieces.bit_length() - 1)
         # Both kinds of requests in one pass are told apart by index; the rule is one kind, which needs no copy.
