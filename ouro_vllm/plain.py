@@ -13,9 +13,9 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
 
+from ouro_vllm.draws import KeyedDraws
 from ouro_vllm.exits import ExitPick
 from ouro_vllm.names import EXITS
-from ouro_vllm.runner import KeyedDraws
 
 
 class PlainDepths(KeyedDraws):

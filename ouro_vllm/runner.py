@@ -1,12 +1,12 @@
-"""Ouro's model runner: vLLM's V1 runner with draws keyed by position and, where loops have block tables of their own
-(self-speculation, KV sharing), with passes of mixed depth: the wavefront.
+"""Ouro's model runner where loops have block tables of their own (self-speculation, KV sharing): vLLM's V1 runner with
+passes of mixed depth, the wavefront.
 
-What is overridden, all of vllm/v1/worker/gpu_model_runner.py (0.32):
+What is overridden beside `draws`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
+    initialize_kv_cache: makes the machine for the passes.
     _update_states: notes which requests are new, lost their blocks, or are gone.
-    _on_request_state_removed: vLLM's hook for this.
-    _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`.
+    execute_model, _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`.
     _model_forward: vLLM's hook for this.
-    _sample: sets each request's generator to the position drawn for.
+    sample_tokens: what was measured goes along with the output.
     _get_spec_decode_draft_probs, _input_fits_in_drafter, propose_draft_token_ids, take_draft_token_ids: drafting.
 The burst of passes that drafts runs in `take_draft_token_ids`, which the engine core calls after the step's tokens are
 on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token_ids`, before.
@@ -28,11 +28,11 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
 from ouro_vllm.attention import is_own
+from ouro_vllm.draws import KeyedDraws
 from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import groups_by_loop
 from ouro_vllm.names import EXITS, PLUGIN
-from ouro_vllm.noise import key
-from ouro_vllm.options import Depth, OuroOptions, depth_of, speculates
+from ouro_vllm.options import speculates
 from ouro_vllm.sharing import AVERAGE, Sharing
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
@@ -44,55 +44,6 @@ logger = init_logger(f"vllm.{PLUGIN}.runner")
 
 MOST_TIMED = 64  # rows in the largest pass timed at the start
 TIMED = 4  # passes per size, the first of which does not count
-
-
-class KeyedDraws:
-    """Draws keyed by (seed, position), with and without speculation. Mixed into a V1 model runner."""
-
-    def start_draws(self) -> None:
-        """Called once, after the runner is made."""
-        self._seeds: dict[str, int] = {}
-        self._options = OuroOptions.of(self.vllm_config)
-        self._depths: dict[str, Depth] = {}
-        self._unseeded = torch.Generator().manual_seed(self.model_config.seed)
-
-    def _update_states(self, scheduler_output: Any) -> Any:
-        result = super()._update_states(scheduler_output)
-        for new in scheduler_output.scheduled_new_reqs:
-            params = new.sampling_params
-            self._depths[new.req_id] = depth_of(params, self._options)
-            if new.req_id not in self._seeds and params is not None:
-                # Every rank sees requests in the same order, so an unseeded one has the same seed on all of them.
-                drawn = int(torch.randint(0, 2**62, (), generator=self._unseeded)) if params.seed is None else None
-                self._seeds[new.req_id] = params.seed if drawn is None else drawn
-        # vLLM rewinds the generators of requests that are still in their prompts, which CPU generators cannot do.
-        self.input_batch.generators.clear()
-        return result
-
-    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
-        super()._on_request_state_removed(req_id, req_state)
-        self._seeds.pop(req_id, None)
-        self._depths.pop(req_id, None)
-
-    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
-        batch = self.input_batch
-        if batch.random_reqs:
-            ends = self.optimistic_seq_lens_cpu[: batch.num_reqs].tolist()
-            for index, request in enumerate(batch.req_ids):
-                if request in batch.random_reqs:
-                    # The last token of the step is drawn first (RejectionSampler.forward): its position is the key's.
-                    batch.generators[index] = self.generator(request, ends[index])
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            # One token per request, as without speculation; the rejection sampler's top-k fails on no drafts at all.
-            spec_decode_metadata = None
-        try:
-            return super()._sample(logits, spec_decode_metadata)
-        finally:
-            batch.generators.clear()
-
-    def generator(self, request: str, position: int) -> torch.Generator:
-        """The generator for the token at `position` (0-based) of a request."""
-        return torch.Generator(device=self.device).manual_seed(key(self._seeds[request], position))
 
 
 class LoopPasses(KeyedDraws):
@@ -223,10 +174,13 @@ class LoopPasses(KeyedDraws):
         except Exception:
             logger.exception("Self-speculation failed in this step; its rows are computed again, plainly.")
             self._waves.lose()
-            return self._wave_forward(input_ids)
+            return self._wave_forward(input_ids, follow=False)
 
-    def _wave_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [N, D] of the N scheduled tokens, each after the loop it is read after."""
+    def _wave_forward(self, input_ids: torch.Tensor, follow: bool = True) -> torch.Tensor:
+        """Hidden states [N, D] of the N scheduled tokens, each after the loop it is read after.
+
+        follow: rows may run ahead of these; without, nothing is read out but for the gate.
+        """
         assert self._waves is not None
         waves, batch, scheduled = self._waves, self.input_batch, self._scheduled
         machine: Passes = waves.machine
@@ -270,7 +224,7 @@ class LoopPasses(KeyedDraws):
             if stage:
                 step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
                 step.exits = self._exits_of(stage)
-            waves.forward(lanes if number == len(stages) else [], stage, follow=not self._textbook)
+            waves.forward(lanes if number == len(stages) else [], stage, follow=follow and not self._textbook)
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from hypothesis import settings
 
 from ouro_vllm.names import PLUGIN, SPECULATIVE_CONFIG
 
@@ -25,6 +26,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "examples" / "ouro-tiny"
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 MODEL = "ouro-tiny"  # what the server calls it
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 

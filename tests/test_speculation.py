@@ -469,6 +469,19 @@ def test_blocks_held(engine, swift, plain, bank):
     assert loops * one <= other <= loops * (one + 1)
 
 
+def test_a_failure_that_lasts_costs_speed_alone(swift, bank, monkeypatch):
+    """No early readout succeeds any more: decoding goes on without."""
+    pairs = bank[:4]
+
+    def broken(hidden, rows):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(runner_of(swift)._waves.machine, "choose", broken)
+    arrivals = [(0, ids, params(max_tokens=24)) for ids, _ in pairs]
+    assert serve(swift, arrivals) == [answer[:24] for _, answer in pairs]
+    assert_idle(swift)
+
+
 @pytest.mark.parametrize("where", ["burst", "forward"])
 def test_a_failure_costs_no_request(swift, bank, monkeypatch, where):
     """One pass raises. Answers are the same; later steps draft again."""
