@@ -117,7 +117,8 @@ class PassCost:
 class Pacer:
     """Learns from reports and decides.
 
-    loops: R. passes: most per burst. fixed: an entry to use always, None to choose.
+    loops: R. passes: most per burst. fixed: an entry to use always, None to choose. entry, most: what is chosen now
+    (see `Lane.entry` and `Lane.guesses`).
     """
 
     loops: int
