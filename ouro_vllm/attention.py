@@ -1,14 +1,15 @@
 """Which attention backend serves Ouro's layers: our kernels, or what vLLM chooses."""
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 
 OWN = "ouro_vllm.kernels.backend.LoopAttentionBackend"
 
@@ -36,8 +37,24 @@ def own_backend(vllm_config: "VllmConfig", shares: bool) -> "type[AttentionBacke
     return LoopAttentionBackend
 
 
-def is_own(backend: "type[AttentionBackend]") -> bool:
-    """Whether attention runs on our kernels."""
+def at_other_blocks(
+    builder: "AttentionMetadataBuilder", metadata: Any, common: "CommonAttentionMetadata"
+) -> Any | None:
+    """Metadata of the same sequences whose keys and values stand elsewhere; None where the backend has to build anew.
+
+    metadata: what `builder` made for them. common: theirs, with the new block table and slots.
+    """
+    table, slots = common.block_table_tensor, common.slot_mapping
+    if builder.supports_update_block_table:
+        return builder.update_block_table(metadata, table, slots)
+    if current_platform.is_cpu() and not is_own(type(metadata)):
+        # vLLM's CPU backend lacks the method only: nothing else in its metadata knows of blocks (cpu_attn.py, `build`).
+        return replace(metadata, block_table=table, slot_mapping=slots)
+    return None
+
+
+def is_own(backend: type) -> bool:
+    """Whether a backend, or what it makes, is that of our kernels."""
     return backend.__module__ == OWN.rpartition(".")[0]
 
 

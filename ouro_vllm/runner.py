@@ -27,7 +27,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
-from ouro_vllm.attention import is_own
+from ouro_vllm.attention import at_other_blocks, is_own
 from ouro_vllm.draws import KeyedDraws
 from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import groups_by_loop
@@ -65,6 +65,7 @@ class LoopPasses(KeyedDraws):
         self._watches: dict[str, Watch] = {}
         self._committed = 0
         self._exits: dict[str, list[int]] = {}
+        self._made: tuple[torch.Tensor | None, Any] = None, None  # metadata, and the lengths it was made for
 
     # The engine's start.
 
@@ -333,7 +334,7 @@ class LoopPasses(KeyedDraws):
             positions = torch.nn.functional.pad(positions, (0, padding))
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
             slots = torch.nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID)
-        metadata = self._attention.build_metadata(common)
+        metadata = self._metadata(common)
         with set_forward_context(
             dict.fromkeys(self._names, metadata),
             self.vllm_config,
@@ -343,6 +344,16 @@ class LoopPasses(KeyedDraws):
             slot_mapping=dict.fromkeys(self._names, slots),
         ):
             return self.get_model().model(positions, hidden)[:rows]
+
+    def _metadata(self, common: CommonAttentionMetadata) -> Any:
+        """What the attention backend reads. Of sequences that only moved on to their next loop, the blocks alone."""
+        made_for, made = self._made
+        if made_for is common.seq_lens:
+            moved = at_other_blocks(self._attention.get_metadata_builder(), made, common)
+            if moved is not None:
+                return moved
+        self._made = common.seq_lens, self._attention.build_metadata(common)
+        return self._made[1]
 
     # Readouts and draws.
 
