@@ -23,7 +23,7 @@ SUMS = {
 }
 
 
-def carried(counts: Counts, committed: int, in_flight: int, entry: int) -> dict[str, Any]:
+def carried(counts: Counts, committed: int, in_flight: int, entry: int, plain: bool) -> dict[str, Any]:
     """What the scheduler sends to the process that serves /metrics: plain numbers and lists, for one step."""
     return {
         **{name: getattr(counts, name) for name in SUMS},
@@ -31,6 +31,7 @@ def carried(counts: Counts, committed: int, in_flight: int, entry: int) -> dict[
         "committed": committed,
         "in_flight": in_flight,
         "entry": entry,
+        "drafting": not plain,
     }
 
 
@@ -53,6 +54,7 @@ class Exported:
         }
         self.in_flight = Gauge("vllm:ouro_rows_in_flight", "Rows kept between passes.", labels)
         self.entry = Gauge("vllm:ouro_entry_loop", "Loops a row has run when its readout is fed.", labels)
+        self.drafting = Gauge("vllm:ouro_drafting", "1 where steps draft, 0 where plain ones are faster.", labels)
         loops = range(1, MOST_LOOPS + 1)
         self.depth = Histogram("vllm:ouro_exit_depth", "Loops that tokens were read after.", labels, buckets=loops)
         self.mean = Gauge("vllm:ouro_mean_depth", "Mean of the loops that tokens were read after, so far.", labels)
@@ -82,6 +84,7 @@ class Exported:
         self.tokens.labels(label).inc(step["committed"])
         self.in_flight.labels(label).set(step["in_flight"])
         self.entry.labels(label).set(step["entry"])
+        self.drafting.labels(label).set(step["drafting"])
 
 
 @cache

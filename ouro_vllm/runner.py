@@ -28,11 +28,11 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
 from ouro_vllm.attention import at_other_blocks, is_own
-from ouro_vllm.draws import KeyedDraws
 from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import groups_by_loop
 from ouro_vllm.names import EXITS, PLUGIN
 from ouro_vllm.options import speculates
+from ouro_vllm.plain import PlainDepths
 from ouro_vllm.sharing import AVERAGE, Sharing
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
@@ -46,12 +46,12 @@ MOST_TIMED = 64  # rows in the largest pass timed at the start
 TIMED = 4  # passes per size, the first of which does not count
 
 
-class LoopPasses(KeyedDraws):
+class LoopPasses(PlainDepths):
     """The wavefront. Mixed into a V1 model runner of a server with `SelfSpeculator`, or one that shares KV."""
 
     def start_passes(self) -> None:
         """Called once, after the runner is made and before the model is loaded."""
-        self.start_draws()
+        self.start_plain()
         options, speculative = self._options, self.vllm_config.speculative_config
         self._loops = options.max_loops
         self._burst = 0 if speculative is None else speculative.num_speculative_tokens
@@ -60,7 +60,7 @@ class LoopPasses(KeyedDraws):
         self._waves: Waves | None = None
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
-        self._own_step = self._due = False
+        self._own_step = self._due = self._plain = False
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
         self._committed = 0
@@ -148,13 +148,16 @@ class LoopPasses(KeyedDraws):
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, remembering that this step's metadata is built pass by pass."""
-        self._own_step, self._scheduled = self._waves is not None, scheduler_output
+        self._own_step = self._waves is not None
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
             self._own_step = False
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._own_step:
+            self._plain = self._nothing_ahead()
+            self._own_step = not self._plain or self._sharing is not None
         if not self._own_step:
             return super()._build_attention_metadata(*args, **kwargs)
         # Every pass has its own. The second value only has to be there for vLLM to call the drafter.
@@ -168,6 +171,8 @@ class LoopPasses(KeyedDraws):
         inputs_embeds: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
+        if self._plain and self._scheduled is not None:
+            self._leave_flights()
         if not self._own_step:
             return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
         try:
@@ -191,7 +196,7 @@ class LoopPasses(KeyedDraws):
         lanes, chunks, layout, where = [], [], [], 0
         for index, (request, start, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
             state, depth = self.requests[request], self._depths[request]
-            if not self._burst:  # nothing runs ahead of what vLLM schedules
+            if self._plain:
                 chunks.append(Chunk(index, start, count, where, depth.loops))
                 where += count
                 continue
@@ -217,7 +222,7 @@ class LoopPasses(KeyedDraws):
             lanes.append(Lane(index, flight, follows, self._pace.entry, lookup, traced, waits, self._pace.guesses))
             layout += range(where + count - claimed, where + count)
             where += count
-        stages = self._stages(chunks)
+        stages = self._stages(chunks, flights=not self._plain)
         tables, prompts = self._tables(), [self.requests[request].num_prompt_tokens for request in batch.req_ids]
         ends: list[tuple[Chunk, torch.Tensor]] = []
         for number, stage in enumerate(stages, start=1):
@@ -229,7 +234,7 @@ class LoopPasses(KeyedDraws):
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
-        if not self._burst and len(stages) == 1:
+        if self._plain and len(stages) == 1:
             return step.chunks_read
         kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
@@ -240,7 +245,33 @@ class LoopPasses(KeyedDraws):
             hidden[chunk.where : chunk.where + chunk.tokens - chunk.lead] = end[chunk.lead :]
         return hidden
 
-    def _stages(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+    def _nothing_ahead(self) -> bool:
+        """Whether this step runs what vLLM scheduled and nothing else, as plain decoding does.
+
+        A step that verifies drafts has their rows already. The gate needs rows that go on behind their exits, who
+        watches wants to see what early loops say, and a draft of the request's own is worth following.
+        """
+        if not self._burst:
+            return True
+        if not self._pace.plain or self._scheduled.scheduled_spec_decode_tokens:
+            return False
+        for request in self.input_batch.req_ids:
+            extra = self.requests[request].sampling_params.extra_args or {}
+            if self._depths[request].gated or request in self._watches or extra.get("ouro_draft"):
+                return False
+        return True
+
+    def _leave_flights(self) -> None:
+        """Of a plain step's requests nothing is kept; who drafts again starts from what is committed."""
+        loops = []
+        for request, discarded in zip(self.input_batch.req_ids, self.discard_request_mask.np, strict=False):
+            self._waves.forget(request)
+            self._lookups.pop(request, None)
+            if not discarded:
+                loops.append(self._depths[request].loops)
+        self._waves.count_plain(loops)
+
+    def _stages(self, chunks: list[Chunk], flights: bool) -> list[list[Chunk]]:
         """What runs in lockstep, one after the other; flights go with the last. One stage, unless KV is shared.
 
         Then what has been generated once and is computed again, after preemption, waits for what it reads as shared:
@@ -266,7 +297,7 @@ class LoopPasses(KeyedDraws):
         generated = any(
             chunk.start + chunk.tokens > self.requests[batch.req_ids[chunk.index]].num_prompt_tokens for chunk in chunks
         )
-        if self._burst and (generated or (chunks and resumed)):
+        if flights and (generated or (chunks and resumed)):
             stages.append([])
         return stages
 
@@ -459,6 +490,9 @@ class LoopPasses(KeyedDraws):
     ) -> list[list[int]]:
         """Take note of what was sampled; drafts are made in `take_draft_token_ids`."""
         assert self._waves is not None
+        if self._plain:
+            self._committed += sum(map(len, sampled_token_ids))
+            return [[] for _ in sampled_token_ids]
         lengths = self.input_batch.num_tokens_no_spec
         for lane, sampled in zip(self._lanes, sampled_token_ids, strict=True):
             if not sampled:
@@ -514,7 +548,7 @@ class LoopPasses(KeyedDraws):
         output = super().sample_tokens(grammar_output)
         if self._waves and self._burst:
             in_flight = sum(len(flight.rows) + len(flight.trail) for flight in self._waves.flights.values())
-            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight))
+            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, self._plain))
             if self._exits:
                 setattr(output, EXITS, self._exits)
             self._committed, self._exits = 0, {}

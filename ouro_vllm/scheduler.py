@@ -4,7 +4,7 @@ Self-speculation: slots for rows that run ahead, and one place where the pace is
 loops have to know of requests.
 """
 
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any
 
 from vllm.logger import init_logger
@@ -40,7 +40,9 @@ class OuroScheduler(DepthFigures, Scheduler):
                 self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         if options.shares:
             self._share(options)
-        self.pacer = Pacer(options.max_loops, self.num_spec_tokens, options.entry_loop)
+        self.pacer = Pacer(
+            options.max_loops, self.num_spec_tokens, options.entry_loop, contested=options.speculation == "wavefront"
+        )
         self.totals, self.steps = StepReport(Counts(), 0), 0
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
         self.latest: dict[str, Any] | None = None
@@ -76,18 +78,24 @@ class OuroScheduler(DepthFigures, Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with the pace attached."""
+        began = perf_counter()
         output = super().schedule(*args, **kwargs)
         if not self.num_spec_tokens:
             return output
-        decoding, hurry = 0, False
-        for request_id in output.num_scheduled_tokens:
+        decoding, hurry, drawn, prompts, fresh = 0, False, 0, 0, 0
+        for request_id, tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
+            drawn += request.sampling_params.temperature > 0
+            prompt = tokens - 1 - len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            prompts += prompt
             if request.num_computed_tokens < request.num_tokens:  # more of the prompt to come
                 hurry = True
             else:
                 decoding += 1
+                fresh += prompt > 0
                 hurry = hurry or not speculates(request.sampling_params)
-        setattr(output, PLUGIN, self.pacer.decide(decoding, hurry))
+        most_drawn = 2 * drawn > len(output.num_scheduled_tokens)
+        setattr(output, PLUGIN, self.pacer.begin(began, decoding, hurry, most_drawn, prompts, fresh))
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -98,9 +106,11 @@ class OuroScheduler(DepthFigures, Scheduler):
             self.steps += 1
             for sums in (self.totals, self.unlogged):
                 sums.add(report)
-            self.latest = carried(report.counts, report.committed, report.in_flight, self.pacer.entry)
+            self.latest = carried(report.counts, report.committed, report.in_flight, self.pacer.entry, report.plain)
             self._log()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if report is not None:
+            self.pacer.end(report.committed, report.plain, busy=bool(self.running))
         frames = getattr(model_runner_output, FRAMES, None)
         if frames:
             for of_client in outputs.values():

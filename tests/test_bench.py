@@ -468,6 +468,12 @@ class FakeEngine:
         self.order.append(name)
         self.most = max(self.most, len(self.left))
 
+    def abort_request(self, names: list[str]) -> None:
+        self.aborted = {name: len(self.left.pop(name)) for name in names}
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
     def step(self) -> list[SimpleNamespace]:
         news = []
         for name, left in list(self.left.items()):
@@ -485,14 +491,16 @@ def test_worker_keeps_the_batch_full_and_no_fuller():
         steps.append(len(engine.left))
         return time.perf_counter()
 
-    prompts, lengths = [[number] for number in range(7)], [1, 8, 3, 2, 5, 4, 1]
-    outputs, waits, decoding = worker.answer(engine, "run-1", prompts, lengths, 3, stepped)
-    assert outputs == [[number] * length for number, length in enumerate(lengths)]
-    assert engine.most == 3 and engine.order == [f"run-1-{number}" for number in range(7)]
-    assert len(steps) == 5  # 24 tokens in threes of two would be 4
-    assert len(waits) == 7 and all(0 < wait < 10 for wait in waits)
+    prompts, lengths = [[number] for number in range(20)], [1, 8, 3, 2, 5, 4, 1, *[3] * 13]
+    outputs, waits, decoding, seconds = worker.answer(engine, "run-1", prompts, lengths, 7, 3, stepped)
+    assert outputs[:7] == [[number] * length for number, length in enumerate(lengths[:7])]
+    assert engine.most == 3 and engine.order == [f"run-1-{number}" for number in range(len(engine.order))]
+    assert steps == [2, 1, 3, 1, 1]  # left after each
+    assert engine.order[-1] == "run-1-7"  # took a place that got free for good
+    assert outputs[7:] == [[7, 7], *[[]] * 12] and engine.aborted == {"run-1-7": 1}
+    assert 0 < seconds < 10 and len(waits) == 7 and all(0 < wait < 10 for wait in waits)
     # Two tokens come per step: what is out after one step takes no time behind its first token.
-    assert [seconds > 0 for seconds in decoding] == [length > 2 for length in lengths]
+    assert [seconds > 0 for seconds in decoding] == [length > 2 for length in lengths[:7]]
 
 
 def test_worker_counts_between_two_sums():

@@ -93,3 +93,98 @@ def test_a_cold_start_is_forgotten():
 )
 def test_buckets(rows, wanted):
     assert bucket(rows) == wanted
+
+
+# Plain steps against drafting.
+
+
+class Server:
+    """Steps on a clock of their own: a request's token costs `drafting` or `plain` seconds, a prompt's `prompt`.
+
+    A drafting step runs the passes of the tokens that the next one commits, `burst` per request.
+    """
+
+    def __init__(self, pacer: Pacer, drafting: float, plain: float, prompt: float = 0.0, burst: int = 7) -> None:
+        self.pacer, self.drafting, self.plain, self.prompt, self.burst = pacer, drafting, plain, prompt, burst
+        self.now, self.tokens, self.drafted, self.steps = 0.0, 0, False, []
+
+    def step(self, lanes: int, fresh: int = 0, drawn: bool = False, hurry: bool = False, busy: bool = True) -> Pace:
+        """fresh: requests whose prompts, 50 tokens each, end in this step."""
+        pace = self.pacer.begin(self.now, lanes, hurry, drawn, 50 * fresh, fresh)
+        ran_plain = pace.plain and not self.drafted  # drafts have to be verified first
+        committed = lanes if not self.drafted else fresh + self.burst * (lanes - fresh)
+        if pace.plain:
+            self.now += lanes * self.plain
+        elif pace.passes:
+            self.now += self.burst * lanes * self.drafting
+        self.now += 50 * fresh * self.prompt
+        self.drafted = not pace.plain and pace.passes > 0
+        self.pacer.end(committed, ran_plain, busy)
+        self.tokens += committed
+        self.steps.append(ran_plain)
+        return pace
+
+
+@pytest.mark.parametrize(("drafting", "plain"), [(1.0, 2.5), (1.0, 1.2), (1.2, 1.0), (3.0, 1.0)])
+@pytest.mark.parametrize("answer", [56, 112, 10_000_000])
+def test_whichever_gives_tokens_faster_is_used(drafting, plain, answer):
+    """answer: tokens in it; of 56 every step that drafts has a prompt in it, most of the plain ones none."""
+    server = Server(Pacer(4, 8), drafting / 1e3, plain / 1e3, prompt=0.2e-3)
+
+    def run(steps):
+        prompts = 0
+        for _ in range(steps):
+            fresh = min(3, server.tokens // answer - prompts)
+            prompts += fresh
+            server.step(8, fresh=fresh)
+
+    run(20 * LOOK)
+    assert server.pacer.plain == (plain < drafting)
+    if answer > 112:  # or prompts take their time
+        before, began = server.tokens, server.now
+        run(200 * LOOK)
+        assert server.now - began < 1.03 * min(drafting, plain) / 1e3 * (server.tokens - before)
+
+
+def test_what_was_faster_may_change():
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=2e-3)
+    for drafting, plain in ((1e-3, 2e-3), (2e-3, 1e-3), (1e-3, 2e-3)):
+        server.drafting, server.plain = drafting, plain
+        for _ in range(200 * LOOK):
+            server.step(8)
+        assert server.pacer.plain == (plain < drafting)
+
+
+def test_batches_of_another_kind_have_their_own_contest():
+    server = Server(Pacer(4, 8), 1e-3, 1e-3)
+    for _ in range(30):
+        for lanes, drawn, drafting in ((2, False, 0.5), (32, False, 0.7), (32, True, 3.0)):
+            server.drafting = drafting / 1e3
+            for _ in range(LOOK):
+                server.step(lanes, drawn=drawn)
+    plain = {kind: contest.plain for kind, contest in server.pacer.contests.items()}
+    assert plain == {(2, False): False, (32, False): False, (32, True): True}
+
+
+def test_waiting_for_requests_takes_nobody_s_time():
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=2e-3)
+    for number in range(8 * LOOK):
+        last = number % 4 == 3
+        server.step(8, fresh=8 if number % 4 == 0 else 0, busy=not last or number % 8 == 3)  # a client may hang up
+        server.now += 1e6 * last
+    (contest,) = server.pacer.contests.values()
+    assert all(seconds < 1 for laps in contest.laps for seconds in laps) and len(contest.laps[False])
+
+
+def test_no_plain_steps_where_something_is_fixed():
+    for pacer in (Pacer(4, 8, fixed=1), Pacer(4, 8, contested=False)):
+        server = Server(pacer, drafting=3e-3, plain=1e-3)
+        assert not any(server.step(8).plain for _ in range(4 * LOOK))
+
+
+def test_hurry_and_trials_of_few_steps():
+    """Where every step is in a hurry nothing is measured, and plain steps stay the exception."""
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=2e-3)
+    for _ in range(40 * LOOK):
+        server.step(8, hurry=True)
+    assert sum(server.steps) <= len(server.steps) / 2 and not server.pacer.contests[8, False].plain

@@ -18,6 +18,7 @@ from reference import Reference
 from test_anytime import streams
 from test_exactness import assert_greedy, greedy, prompts
 
+from ouro_vllm.wavefront.pacing import Pace
 from ouro_vllm.widen import Sizes, widen
 
 TOKENS = 128
@@ -342,6 +343,60 @@ def test_one_request_without(swift, bank):
     assert serve(swift, arrivals, watch) == [answer[:100] for _, answer in pairs]
     assert {drafts for _, drafts in seen[True]} == {0} and max(rows for rows, _ in seen[True]) <= 1
     assert max(drafts for _, drafts in seen[False]) >= 2 and max(rows for rows, _ in seen[False]) > 2
+
+
+def plain_now_and_then(llm, monkeypatch, seed):
+    """Runs of drafting and of plain steps, a few each, as the pace may choose them. -> whether each step was plain."""
+    scheduler, dice, steps, left = scheduler_of(llm), random.Random(seed), [], 0
+    decide, end = scheduler.pacer.decide, scheduler.pacer.end
+    plain = False
+
+    def decided(lanes, hurry, *args):
+        nonlocal left, plain
+        left -= 1
+        if left <= 0:
+            left, plain = dice.randint(1, 5), not plain
+        pace = decide(lanes, hurry, *args)
+        return Pace(pace.entry, 0, plain=True) if plain else pace
+
+    def ended(committed, ran_plain, busy):
+        steps.append(ran_plain)
+        return end(committed, ran_plain, busy)
+
+    monkeypatch.setattr(scheduler.pacer, "decide", decided)
+    monkeypatch.setattr(scheduler.pacer, "end", ended)
+    return steps
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_plain_steps_between_drafting_ones(plain, swift, bank, monkeypatch, seed):
+    """Requests of every kind come and go meanwhile: greedy and sampled, shallow ones, long prompts in pieces."""
+    steps, dice = plain_now_and_then(swift, monkeypatch, seed), random.Random(seed)
+    before = scheduler_of(swift).totals.counts.lane_passes, scheduler_of(swift).totals.committed
+    kinds = [{}, SAMPLED[2], {"extra_args": {"ouro_loops": 2}}, {"extra_args": {"ouro_speculate": 0}}, SAMPLED[1]]
+    pairs = [*named(bank, 700, 512, 33, 1), *bank[100:116]]
+    arrivals = []
+    for number, (ids, _) in enumerate(pairs):
+        wish = params(**kinds[number % len(kinds)], seed=number, max_tokens=dice.choice([1, 2, 7, 60, 90]))
+        arrivals.append((dice.randint(0, 40), ids, wish))
+    assert serve(swift, arrivals) == serve(plain, arrivals)
+    assert steps.count(True) > 10 and steps.count(False) > 10
+    sums = scheduler_of(swift).totals
+    passes = (sums.counts.lane_passes - before[0]) / (sums.committed - before[1])
+    assert 1 < passes < 4  # plain steps are counted, four passes each
+    assert_idle(swift)
+
+
+def test_who_needs_rows_ahead_has_no_plain_steps(plain, swift, bank, monkeypatch):
+    """The gate's rows go on behind their exits, anytime requests show what early loops say: their steps draft on."""
+    steps = plain_now_and_then(swift, monkeypatch, seed=3)
+    gated = [(0, ids, params(max_tokens=40, extra_args={"ouro_exit_threshold": 0.6})) for ids, _ in bank[116:120]]
+    assert serve(swift, gated) == serve(plain, gated)
+    assert not any(steps[:-1])
+    answers = streams(swift, [ids for ids, _ in bank[120:124]], 40)
+    assert [answer.token_ids for answer in answers] == [answer[:40] for _, answer in bank[120:124]]
+    assert any(answer.retracted for answer in answers)
+    assert_idle(swift)
 
 
 @pytest.mark.parametrize("value", ["no", 2, [1], None, 0.0])

@@ -170,7 +170,9 @@ class Engine:
     ) -> dict[str, Any]:
         """Answer that many requests, never more than `batch` at once, a new one as soon as one is done.
 
-        Request i has prompt i, starting over when they are used up, and seed i. Detokenisation, which a server does in
+        The answers that begin together are shorter by steps, so that requests end and begin evenly all the time. Until
+        all are done others follow them, and the batch is full to the end; what these are given counts as tokens, but
+        their answers are not finished. Request i has prompt i, starting over when they are used up, and seed i. Detokenisation, which a server does in
         another process, is left out. extra_args: `vllm_xargs` of all requests.
 
         Returns:
@@ -180,19 +182,21 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        first = [-(-self.tokens * (number + 1) // batch) for number in range(batch)]
+        lengths = first + [self.tokens] * (2 * requests)
         params = [
             SamplingParams(
                 temperature=temperature,
                 seed=number,
                 extra_args=extra_args,
-                max_tokens=self.tokens,
+                max_tokens=length,
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-            for number in range(requests)
+            for number, length in enumerate(lengths)
         ]
-        prompts = [self.prompts[number % len(self.prompts)] for number in range(requests)]
+        prompts = [self.prompts[number % len(self.prompts)] for number in range(len(params))]
         entries: Counter[str] = Counter()
         scheduler = self.core.scheduler
         pool, held = scheduler.kv_cache_manager.block_pool, (0, 0)  # tokens, blocks
@@ -200,7 +204,7 @@ class Engine:
         def stepped() -> float:
             nonlocal held
             if self.paced:
-                entries[str(scheduler.pacer.entry)] += 1
+                entries["plain" if scheduler.pacer.plain else str(scheduler.pacer.entry)] += 1
             held = max(
                 held,
                 (
@@ -213,23 +217,26 @@ class Engine:
         self.runs += 1
         gc.collect()
         read = list(self.core.scheduler.read)
-        before, began = self._counted(), perf_counter()
-        outputs, waits, last = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, batch, stepped)
-        seconds = perf_counter() - began
+        before = self._counted()
+        outputs, waits, last, seconds = answer(
+            self.llm.llm_engine, f"{self.runs}", prompts, params, requests, batch, stepped
+        )
+        tokens, outputs = sum(map(len, outputs)), outputs[:requests]
         cache = scheduler.kv_cache_config
-        block_bytes = sum(tensor.size for tensor in cache.kv_cache_tensors) / cache.num_blocks
+        # Each of these names the size of all that is allocated; those of loops lie over one another in it.
+        block_bytes = max(tensor.size for tensor in cache.kv_cache_tensors) / cache.num_blocks
         measurement = Measurement(
             seconds=seconds,
             requests=requests,
-            tokens=sum(map(len, outputs)),
+            tokens=tokens,
             first_token=median(waits),
             decoding_seconds=sum(last),
             decoding_tokens=sum(map(len, outputs)) - len(outputs),
             kv_bytes=held[1] * block_bytes / max(1, held[0]),
-            context=mean(len(prompt) + self.tokens / 2 for prompt in prompts),
+            context=mean(len(prompts[number]) + lengths[number] / 2 for number in range(requests)),
             loop_bytes=self.loop_bytes,
             entries=dict(entries),
-            **self._between(before, self._counted(), sum(map(len, outputs))),
+            **self._between(before, self._counted(), tokens),
         )
         read = difference(self.core.scheduler.read, read)
         return {"measurement": as_json(measurement), "outputs": outputs, "read": read}
@@ -258,25 +265,34 @@ class Engine:
 
 
 def answer(
-    engine: Any, name: str, prompts: list[list[int]], params: list[Any], batch: int, stepped: Callable[[], float]
-) -> tuple[list[list[int]], list[float], list[float]]:
-    """Have vLLM's LLMEngine answer all prompts (token ids), never more than `batch` at once.
+    engine: Any,
+    name: str,
+    prompts: list[list[int]],
+    params: list[Any],
+    requests: int,
+    batch: int,
+    stepped: Callable[[], float],
+) -> tuple[list[list[int]], list[float], list[float], float]:
+    """Have vLLM's LLMEngine answer the first `requests` prompts (token ids), never more than `batch` at once.
 
-    name: no other call has it. stepped: called after each step, says when (`perf_counter`) its tokens left the engine.
+    As long as one of them is under way those behind them take the places of the ones that are done; they are then
+    broken off. name: no other call has it. stepped: called after each step, says when (`perf_counter`) its tokens left
+    the engine.
 
     Returns:
-        Per request its token ids, the seconds from its arrival to its first token, and from that to its last.
+        Token ids of each request; of the first ones the seconds from their arrival to their first token and from that
+        to their last; and the seconds from the first arrival to when the last of them was done.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
-    arrived, waits, running = [0.0] * len(prompts), [0.0] * len(prompts), 0
-    decoding = [0.0] * len(prompts)
-    waiting = deque(range(len(prompts)))
-    while waiting or running:
-        while waiting and running < batch:
+    arrived, waits, decoding = [0.0] * len(prompts), [0.0] * len(prompts), [0.0] * len(prompts)
+    waiting, running, left = deque(range(len(prompts))), set(), requests
+    began = perf_counter()
+    while left:
+        while waiting and len(running) < batch:
             number = waiting.popleft()
             arrived[number] = perf_counter()
             engine.add_request(f"{name}-{number}", {"prompt_token_ids": prompts[number]}, params[number])
-            running += 1
+            running.add(number)
         news = engine.step()
         out = stepped()
         for output in news:
@@ -286,8 +302,14 @@ def answer(
                     waits[number] = out - arrived[number]
                 decoding[number] = out - arrived[number] - waits[number]
                 outputs[number] += new
-            running -= output.finished
-    return outputs, waits, decoding
+            if output.finished:
+                running.remove(number)
+                left -= number < requests
+    seconds = perf_counter() - began
+    engine.abort_request([f"{name}-{number}" for number in running])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return outputs, waits[:requests], decoding[:requests], seconds
 
 
 def difference(after: Any, before: Any) -> Any:

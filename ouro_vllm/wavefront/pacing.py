@@ -4,7 +4,11 @@ The choice is `entry`: how many loops a row must have run before its readout is 
 early loops draft and runs the most rows; 0 adds guesses from the request's own text (`lookup`), one per pass or more;
 R feeds only decided tokens: plain decoding, with the passes of several tokens in one engine step.
 Rows are nearly free while a pass is bound by reading weights and cost time in proportion once it is bound by computing,
-so the best choice depends on the machine, the model and the batch. Pure Python.
+so the best choice depends on the machine, the model and the batch.
+
+Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
+promise to be kept. Whichever of the two is not in use runs a few steps now and then, and takes over once it gives
+tokens faster. Pure Python.
 """
 
 from collections import deque
@@ -20,27 +24,37 @@ GUESSED = 0.4  # lookups per token assumed before any was made, fewer by place, 
 SAVED = 0.7  # passes that a right lookup saves: 0.72 on the bundled checkpoint with 1, 2, 3 or 5 per pass
 GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
+MANY = 64  # rows in a pass that is bound by computing, if any is
+LAPS = 6  # steps that a trial of plain steps, or of drafting, is to measure
+FIRST = 12  # steps until the first trial
+SHARE = 0.02  # of the time may be lost to trials
+LONGEST_REST = 60.0  # seconds without a trial, at most
 
 
 @dataclass(frozen=True)
 class Pace:
     """What the scheduler decides and ships with its output, so that all ranks do the same.
 
-    entry, guesses: see `Lane`. passes: of the burst after this step.
+    entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead.
     """
 
     entry: int
     passes: int
     guesses: int = GUESSES
+    plain: bool = False
 
 
 @dataclass
 class StepReport:
-    """What a step reports back. committed: tokens that vLLM's sampler decided in it. in_flight: rows kept after it."""
+    """What a step reports back.
+
+    committed: tokens that vLLM's sampler decided in it. in_flight: rows kept after it. plain: nothing ran ahead.
+    """
 
     counts: Counts
     committed: int
     in_flight: int = 0
+    plain: bool = False
 
     def add(self, other: "StepReport") -> None:
         """Take in another's sums."""
@@ -114,16 +128,82 @@ class PassCost:
 
 
 @dataclass
+class Lap:
+    """A step on the clock. contest: that it counts in. plain: as the pace said.
+
+    counts: it says what its kind costs: a burst if not plain, and the step before was of its kind.
+    prompts: tokens of prompts. fresh: requests that get their first token in it. seconds: until the next one began.
+    committed: tokens.
+    """
+
+    began: float
+    contest: "Contest"
+    plain: bool
+    counts: bool
+    prompts: int
+    fresh: int
+    seconds: float = 0.0
+    committed: int = 0
+
+
+class Contest:
+    """Plain steps against drafting, for batches of one kind.
+
+    plain: what is in use, as long as no trial runs. laps: of (drafting, plain) steps the latest, seconds per token.
+    """
+
+    def __init__(self) -> None:
+        self.plain, self.trying = False, False
+        self.laps: tuple[deque[float], deque[float]] = deque(maxlen=2 * LAPS), deque(maxlen=2 * LAPS)
+        self.left, self.rest = FIRST, 0.0  # steps, and a time, until the trial begins; or steps until it ends
+        self.now, self.began, self.measured, self.tokens = 0.0, 0.0, 0, 0
+
+    def decide(self, now: float) -> bool:
+        """Whether the next step is plain."""
+        self.now, self.left = now, self.left - 1
+        if self.left <= 0:
+            if self.trying:  # too many steps had prompts in them
+                self._end()
+            elif now >= self.rest:
+                self.trying, self.measured, self.tokens = True, 0, 0
+                self.began, self.left = now, 4 * LAPS
+        return self.plain != self.trying
+
+    def lap(self, plain: bool, seconds: float, tokens: int) -> None:
+        """A step took so many seconds per token, of which it committed so many."""
+        self.laps[plain].append(seconds)
+        if self.trying and plain != self.plain:
+            self.measured += 1
+            self.tokens += tokens
+            if self.measured == LAPS:
+                self._end()
+
+    def _end(self) -> None:
+        """The trial is over: the better one stays. What it lost is not to be lost again soon."""
+        tried, used = self.laps[not self.plain], self.laps[self.plain]
+        self.trying, self.left = False, LOOK
+        if len(used) < LAPS:
+            return
+        if self.measured == LAPS and median(list(tried)[-LAPS:]) < (1 - GAIN) * median(used):
+            self.plain, self.rest = not self.plain, 0.0
+        else:
+            lost = self.now - self.began - self.tokens * median(used)
+            self.rest = self.now + min(lost / SHARE, LONGEST_REST)
+
+
+@dataclass
 class Pacer:
     """Learns from reports and decides.
 
-    loops: R. passes: most per burst. fixed: an entry to use always, None to choose. entry, most: what is chosen now
-    (see `Lane.entry` and `Lane.guesses`).
+    loops: R. passes: most per burst. fixed: an entry to use always, None to choose. contested: whether steps may be
+    plain, if nothing is fixed. entry, most: what is chosen now
+    (see `Lane.entry` and `Lane.guesses`). plain: whether steps are plain now.
     """
 
     loops: int
     passes: int
     fixed: int | None = None
+    contested: bool = True
     cost: PassCost = field(default_factory=PassCost)
 
     def __post_init__(self) -> None:
@@ -134,7 +214,11 @@ class Pacer:
         self.guesses = [GUESSED * PRIOR / place for place in range(1, GUESSES + 1)]
         self.hits = [count / 2 for count in self.guesses]
         self.entry, self.most = 0 if self.fixed is None else self.fixed, GUESSES
-        self.steps = 0
+        self.steps, self.plain = 0, False
+        self.contests: dict[tuple[int, bool], Contest] = {}
+        self.lap: Lap | None = None
+        self.last: Lap | None = None
+        self.prompt_seconds: deque[float] = deque(maxlen=LATEST)  # per token of a prompt in a step
 
     def learn(self, report: StepReport) -> None:
         """Take in what one step measured."""
@@ -171,8 +255,59 @@ class Pacer:
         misses = max(0.0, made - hits)
         return passes * self.cost.of(lanes * rows_per_token(chances, entry, misses) / passes)
 
-    def decide(self, lanes: int, hurry: bool) -> Pace:
-        """lanes: requests that decode. hurry: someone waits for the next step, so no burst may come before it."""
+    def begin(self, now: float, lanes: int, hurry: bool, drawn: bool, prompts: int, fresh: int) -> Pace:
+        """A step begins: decide. now: seconds on a clock. drawn: most tokens are sampled, not the likeliest.
+
+        lanes, hurry: see `decide`. prompts, fresh: see `Lap`.
+        """
+        contest = self.contests.setdefault((bucket(lanes), drawn), Contest()) if lanes else Contest()
+        # Nobody goes on from the step before: that may have been long ago.
+        last = self.last = self.lap if lanes > fresh else None
+        if last is not None:
+            last.seconds = now - last.began
+            if last.plain and last.counts:
+                self._plain_lap(last)
+        pace = self.decide(lanes, hurry, contest, now)
+        counts = last is not None and last.plain == pace.plain and not hurry
+        self.lap = Lap(now, contest, pace.plain, counts, prompts, fresh)
+        return pace
+
+    def _plain_lap(self, lap: Lap) -> None:
+        """What is beyond a usual step is the cost of the prompts in it."""
+        usual = lap.contest.laps[True]
+        if not lap.prompts:
+            lap.contest.lap(True, lap.seconds / lap.committed, lap.committed)
+        elif len(usual) >= LAPS:
+            beyond = lap.seconds - lap.committed * median(usual)
+            self.prompt_seconds.append(max(0.0, beyond) / lap.prompts)
+
+    def end(self, committed: int, plain: bool, busy: bool) -> None:
+        """The step's tokens are there. plain: nothing ran ahead in it. busy: another step follows at once.
+
+        What a burst drafts is committed in the step after it.
+        """
+        lap, last = self.lap, self.last
+        if last is not None and last.counts and not last.plain and committed > lap.fresh:
+            self._drafting_lap(last, committed - lap.fresh)
+        lap.committed, lap.counts = committed, lap.counts and plain == lap.plain and committed > 0
+        if not busy:
+            self.lap = None
+
+    def _drafting_lap(self, lap: Lap, committed: int) -> None:
+        """Where drafting is fast, steps are few and most of them have prompts in them."""
+        if self.prompt_seconds:
+            each = median(self.prompt_seconds)
+        else:  # until it was measured: as in large passes
+            each = self.loops * (self.cost.of(2 * MANY) - self.cost.of(MANY)) / MANY
+        prompts = lap.prompts * each
+        if 2 * prompts < lap.seconds:
+            lap.contest.lap(False, (lap.seconds - prompts) / committed, committed)
+
+    def decide(self, lanes: int, hurry: bool, contest: Contest | None = None, now: float = 0.0) -> Pace:
+        """lanes: requests that decode. hurry: someone waits for the next step, so no burst may come before it.
+
+        contest: asked at `now` whether the step is to be plain.
+        """
         if self.fixed is not None or not lanes:
             return Pace(self.entry, 0 if hurry else self.passes, self.most)
         ways = [(0, GUESSES), (0, 1), *((entry, GUESSES) for entry in range(1, self.loops + 1))]
@@ -180,6 +315,9 @@ class Pacer:
         best = min(times, key=times.__getitem__)
         if times[best] < (1 - GAIN) * times[self.entry, self.most]:
             self.entry, self.most = best
+        self.plain = self.contested and contest is not None and contest.decide(now)
+        if self.plain:
+            return Pace(self.loops, 0, plain=True)
         self.steps += 1
         entry, most = self.entry, self.most
         if self.steps % LOOK == 0:

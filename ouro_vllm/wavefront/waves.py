@@ -195,6 +195,12 @@ class Waves:
                 return number
         return passes
 
+    def count_plain(self, loops: Sequence[int]) -> None:
+        """A step of chunks alone decided one token each of requests that run so many loops."""
+        self.counts.passes += max(loops, default=0)
+        self.counts.lane_passes += sum(loops)
+        self.counts.rows += sum(loops)
+
     def draft(self, lanes: Sequence[Lane], drafts: int) -> int:
         """Textbook drafting: the newest row alone runs one loop, its readout enters, `drafts` times at most.
 
