@@ -93,7 +93,7 @@ def exported() -> Exported:
     return Exported()
 
 
-def summary(counts: Counts, committed: int, entry: int) -> str:
+def summary(counts: Counts, committed: int, entry: int, plain: bool) -> str:
     """One log line over the sums of a while."""
     agreement = ", ".join(
         f"{agreed / judged:.2f}" if judged else "-"
@@ -102,5 +102,6 @@ def summary(counts: Counts, committed: int, entry: int) -> str:
     return (
         f"Self-speculation: {counts.lane_passes / max(1, committed):.2f} passes per token, "
         f"{counts.rows / max(1, counts.passes):.1f} rows per pass, {counts.rows / max(1, committed):.2f} per token, "
-        f"agreement of earlier loops with the last {agreement}, readouts fed from loop {entry} on."
+        f"agreement of earlier loops with the last {agreement}, "
+        + ("steps are plain now, which is faster." if plain else f"readouts fed from loop {entry} on.")
     )

@@ -131,5 +131,5 @@ class OuroScheduler(DepthFigures, Scheduler):
         now = monotonic()
         if now - self.logged >= LOG_SECONDS and self.unlogged.committed:
             if self.log_stats:
-                logger.info(summary(self.unlogged.counts, self.unlogged.committed, self.pacer.entry))
+                logger.info(summary(self.unlogged.counts, self.unlogged.committed, self.pacer.entry, self.pacer.plain))
             self.unlogged, self.logged = StepReport(Counts(), 0), now

@@ -18,6 +18,7 @@ from test_speculation import (
     assert_idle,
     drafting,
     params,
+    plain_now_and_then,
     preempted,
     scheduler_of,
     serve,
@@ -116,7 +117,12 @@ def test_chunked_prompts_and_preemption(engine, bank, policy, monkeypatch):
         assert_banked(llm, bank[:9])
         assert_banked(llm, bank[9:])
         assert_idle(llm)
-    assert max(lost, default=0) > 2 * WINDOW
+        assert max(lost, default=0) > 2 * WINDOW
+        lost.clear()
+        steps = plain_now_and_then(llm, monkeypatch, seed=4)
+        assert_banked(llm, bank[:9])
+        assert_idle(llm)
+    assert max(lost, default=0) > 2 * WINDOW and steps.count(True) > 4
     stored = [event for event in events if isinstance(event, BlockStored)]
     blocks = {
         (event.group_idx, *event.token_ids[at : at + BLOCK])

@@ -172,8 +172,8 @@ class Engine:
 
         The answers that begin together are shorter by steps, so that requests end and begin evenly all the time. Until
         all are done others follow them, and the batch is full to the end; what these are given counts as tokens, but
-        their answers are not finished. Request i has prompt i, starting over when they are used up, and seed i. Detokenisation, which a server does in
-        another process, is left out. extra_args: `vllm_xargs` of all requests.
+        their answers are not finished. Request i has prompt i, starting over when they are used up, and seed i.
+        Detokenisation, which a server does in another process, is left out. extra_args: `vllm_xargs` of all requests.
 
         Returns:
             {"measurement": a Measurement, "outputs": token ids per request, "read": tokens by the loop, from the first,
