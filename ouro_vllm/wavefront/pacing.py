@@ -164,7 +164,7 @@ class Contest:
         if self.left <= 0:
             if self.trying:  # too many steps had prompts in them
                 self._end()
-            elif now >= self.rest:
+            elif now >= self.rest and len(self.laps[self.plain]) >= LAPS:
                 self.trying, self.measured, self.tokens = True, 0, 0
                 self.began, self.left = now, 4 * LAPS
         return self.plain != self.trying
@@ -182,8 +182,6 @@ class Contest:
         """The trial is over: the better one stays. What it lost is not to be lost again soon."""
         tried, used = self.laps[not self.plain], self.laps[self.plain]
         self.trying, self.left = False, LOOK
-        if len(used) < LAPS:
-            return
         if self.measured == LAPS and median(list(tried)[-LAPS:]) < (1 - GAIN) * median(used):
             self.plain, self.rest = not self.plain, 0.0
         else:
@@ -196,8 +194,8 @@ class Pacer:
     """Learns from reports and decides.
 
     loops: R. passes: most per burst. fixed: an entry to use always, None to choose. contested: whether steps may be
-    plain, if nothing is fixed. entry, most: what is chosen now
-    (see `Lane.entry` and `Lane.guesses`). plain: whether steps are plain now.
+    plain, if nothing is fixed. entry, most: what is chosen now (see `Lane.entry` and `Lane.guesses`). plain: whether
+    steps are plain now.
     """
 
     loops: int
