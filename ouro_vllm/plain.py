@@ -1,4 +1,4 @@
-"""Plain decoding at other than full depth: requests of any depth share a batch and run its loops in lockstep.
+"""Plain decoding, at other than full depth too: requests of any depth share a batch and run its loops in lockstep.
 
 Rows that are shallower than the deepest of the batch ride along; each is read after its own loop. A batch of one fixed
 depth d costs d passes, one with a gate in it as many as its deepest loop: all loops write keys and values.
@@ -19,10 +19,10 @@ from ouro_vllm.names import EXITS
 
 
 class PlainDepths(KeyedDraws):
-    """Mixed into a V1 model runner of a server without speculation."""
+    """Mixed into a V1 model runner. Self-speculation adds to it, and uses it for steps that draft nothing."""
 
     def start_plain(self) -> None:
-        """Called once, after the runner is made."""
+        """Called once, after the runner is made and before the model is loaded."""
         self.start_draws()
         self._scheduled: Any = None
         self._read: tuple[list[str], torch.Tensor] | None = None

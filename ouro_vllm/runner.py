@@ -1,10 +1,11 @@
 """Ouro's model runner where loops have block tables of their own (self-speculation, KV sharing): vLLM's V1 runner with
 passes of mixed depth, the wavefront.
 
-What is overridden beside `draws`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
+What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     initialize_kv_cache: makes the machine for the passes.
     _update_states: notes which requests are new, lost their blocks, or are gone.
-    execute_model, _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`.
+    execute_model, _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`; but of steps that the
+        pace wants plain vLLM's way, if loops share no KV.
     _model_forward: vLLM's hook for this.
     sample_tokens: what was measured goes along with the output.
     _get_spec_decode_draft_probs, _input_fits_in_drafter, propose_draft_token_ids, take_draft_token_ids: drafting.
