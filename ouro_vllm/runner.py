@@ -175,7 +175,11 @@ class LoopPasses(PlainDepths):
         if self._plain and self._scheduled is not None:
             self._leave_flights()
         if not self._own_step:
-            return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
+            began = perf_counter()
+            hidden = super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
+            if self._waves is not None:  # on a GPU the passes of a plain step are only launched here
+                self._waves.counts.seconds += perf_counter() - began
+            return hidden
         try:
             return self._wave_forward(input_ids)
         except Exception:

@@ -11,6 +11,7 @@ import torch
 from checkpoints import write
 from conftest import CHECKPOINT
 from sharing_reference import SharedReference
+from test_anytime import streams
 from test_exactness import TOLERANCE, greedy, prompts
 from test_speculation import (
     EAGER,
@@ -118,6 +119,11 @@ def test_chunked_prompts_and_preemption(engine, bank, policy, monkeypatch):
         assert_banked(llm, bank[9:])
         assert_idle(llm)
         assert max(lost, default=0) > 2 * WINDOW
+        lost.clear()
+        answers = streams(llm, [ids for ids, _ in bank[:9]], TOKENS, drafts=False)
+        assert [answer.token_ids for answer in answers] == [answer for _, answer in bank[:9]]
+        assert_idle(llm)
+        assert any(lost) and any(answer.retracted for answer in answers)
         lost.clear()
         steps = plain_now_and_then(llm, monkeypatch, seed=4)
         assert_banked(llm, bank[:9])

@@ -186,11 +186,7 @@ def alternate(
             one, outputs = Measurement(**answer["measurement"]), answer["outputs"]
             reference += [] if reference else outputs
             base = base or outputs
-            if mode == BASE:  # which answers are shorter depends on the batch
-                known = [answer[: len(mine)] for answer, mine in zip(reference, outputs, strict=False)]
-                one.compare([mine[: len(answer)] for answer, mine in zip(known, outputs, strict=False)], known)
-            else:
-                one.compare(outputs, base)
+            one.compare(outputs, reference if mode == BASE else base)
             if number:
                 rounds[mode].append(one)
             said.append(f"{mode} {one.rate:.1f}")

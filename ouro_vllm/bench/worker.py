@@ -170,10 +170,9 @@ class Engine:
     ) -> dict[str, Any]:
         """Answer that many requests, never more than `batch` at once, a new one as soon as one is done.
 
-        The answers that begin together are shorter by steps, so that requests end and begin evenly all the time. Until
-        all are done others follow them, and the batch is full to the end; what these are given counts as tokens, but
-        their answers are not finished. Request i has prompt i, starting over when they are used up, and seed i.
-        Detokenisation, which a server does in another process, is left out. extra_args: `vllm_xargs` of all requests.
+        Until all are done others follow them, so that the batch is full to the end; what these are given counts as
+        tokens, but their answers are not finished. Request i has prompt i, starting over when they are used up, and
+        seed i. Detokenisation, which a server does in another process, is left out. extra_args: `vllm_xargs` of all.
 
         Returns:
             {"measurement": a Measurement, "outputs": token ids per request, "read": tokens by the loop, from the first,
@@ -182,19 +181,17 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        first = [-(-self.tokens * (number + 1) // batch) for number in range(batch)]
-        lengths = first + [self.tokens] * (2 * requests)
         params = [
             SamplingParams(
                 temperature=temperature,
                 seed=number,
                 extra_args=extra_args,
-                max_tokens=length,
+                max_tokens=self.tokens,
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-            for number, length in enumerate(lengths)
+            for number in range(3 * requests)
         ]
         prompts = [self.prompts[number % len(self.prompts)] for number in range(len(params))]
         entries: Counter[str] = Counter()
@@ -233,7 +230,7 @@ class Engine:
             decoding_seconds=sum(last),
             decoding_tokens=sum(map(len, outputs)) - len(outputs),
             kv_bytes=held[1] * block_bytes / max(1, held[0]),
-            context=mean(len(prompts[number]) + lengths[number] / 2 for number in range(requests)),
+            context=mean(len(prompt) + self.tokens / 2 for prompt in prompts[:requests]),
             loop_bytes=self.loop_bytes,
             entries=dict(entries),
             **self._between(before, self._counted(), tokens),

@@ -27,6 +27,7 @@ LOOK = 64  # steps between looks at how another entry does
 MANY = 64  # rows in a pass that is bound by computing, if any is
 LAPS = 6  # steps that a trial of plain steps, or of drafting, is to measure
 FIRST = 12  # steps until the first trial
+CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
 SHARE = 0.02  # of the time may be lost to trials
 LONGEST_REST = 60.0  # seconds without a trial, at most
 
@@ -175,7 +176,7 @@ class Contest:
         if self.trying and plain != self.plain:
             self.measured += 1
             self.tokens += tokens
-            if self.measured == LAPS:
+            if self.measured == LAPS or seconds > CLEAR * max(self.laps[self.plain]):
                 self._end()
 
     def _end(self) -> None:
