@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ouro_vllm.wavefront.pacing import LATEST, LOOK, Pace, Pacer, PassCost, StepReport, bucket
+from ouro_vllm.wavefront.pacing import LAPS, LATEST, LOOK, Pace, Pacer, PassCost, StepReport, bucket
 from ouro_vllm.wavefront.waves import GUESSES, Counts
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -174,6 +174,17 @@ def test_waiting_for_requests_takes_nobody_s_time():
         server.now += 1e6 * last
     (contest,) = server.pacer.contests.values()
     assert all(seconds < 1 for laps in contest.laps for seconds in laps) and len(contest.laps[False])
+
+
+def test_a_trial_that_clearly_loses_is_short():
+    """Two steps that are measured, the one before them, and the one that verifies drafts; six if it is close."""
+    most = {}
+    for plain in (1.2e-3, 2e-3):
+        server = Server(Pacer(4, 8), drafting=1e-3, plain=plain)
+        paces = [server.step(8).plain for _ in range(8 * LOOK)]
+        runs = "".join("p" if one else " " for one in paces).split()
+        most[plain] = max(map(len, runs))
+    assert most[2e-3] <= 4 < LAPS < most[1.2e-3]
 
 
 def test_no_plain_steps_where_something_is_fixed():

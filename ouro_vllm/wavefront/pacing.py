@@ -28,7 +28,7 @@ MANY = 64  # rows in a pass that is bound by computing, if any is
 LAPS = 6  # steps that a trial of plain steps, or of drafting, is to measure
 FIRST = 12  # steps until the first trial
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
-SHARE = 0.02  # of the time may be lost to trials
+SHARE = 0.01  # of the time may be lost to trials
 LONGEST_REST = 60.0  # seconds without a trial, at most
 
 
@@ -176,7 +176,9 @@ class Contest:
         if self.trying and plain != self.plain:
             self.measured += 1
             self.tokens += tokens
-            if self.measured == LAPS or seconds > CLEAR * max(self.laps[self.plain]):
+            tried = list(self.laps[plain])[-self.measured :]
+            clear = self.measured > 1 and median(tried) > CLEAR * median(self.laps[self.plain])
+            if clear or self.measured == LAPS:
                 self._end()
 
     def _end(self) -> None:
