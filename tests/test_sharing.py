@@ -120,7 +120,7 @@ def test_chunked_prompts_and_preemption(engine, bank, policy, monkeypatch):
         assert_idle(llm)
         assert max(lost, default=0) > 2 * WINDOW
         lost.clear()
-        answers = streams(llm, [ids for ids, _ in bank[:9]], TOKENS, drafts=False)
+        answers = streams(llm, [ids for ids, _ in bank[:9]], TOKENS, extras=False)
         assert [answer.token_ids for answer in answers] == [answer for _, answer in bank[:9]]
         assert_idle(llm)
         assert any(lost) and any(answer.retracted for answer in answers)
@@ -128,7 +128,7 @@ def test_chunked_prompts_and_preemption(engine, bank, policy, monkeypatch):
         steps = plain_now_and_then(llm, monkeypatch, seed=4)
         assert_banked(llm, bank[:9])
         assert_idle(llm)
-    assert max(lost, default=0) > WINDOW and steps.count(True) > 4
+    assert max(lost, default=0) > WINDOW and steps.count(True) > 1
     stored = [event for event in events if isinstance(event, BlockStored)]
     blocks = {
         (event.group_idx, *event.token_ids[at : at + BLOCK])
