@@ -37,13 +37,12 @@ from ouro_vllm.plain import PlainDepths
 from ouro_vllm.sharing import AVERAGE, Sharing
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
-from ouro_vllm.wavefront.pacing import Pace, StepReport
+from ouro_vllm.wavefront.pacing import MOST_TIMED, Pace, StepReport
 from ouro_vllm.wavefront.tensors import Passes, Step
 from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
 
 logger = init_logger(f"vllm.{PLUGIN}.runner")
 
-MOST_TIMED = 64  # rows in the largest pass timed at the start
 TIMED = 4  # passes per size, the first of which does not count
 
 
@@ -172,7 +171,7 @@ class LoopPasses(PlainDepths):
         inputs_embeds: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        if self._plain and self._scheduled is not None:
+        if self._plain and self._burst and self._scheduled is not None:
             self._leave_flights()
         if not self._own_step:
             began = perf_counter()

@@ -526,6 +526,15 @@ def test_kv_blocks_for_the_longest_requests_at_once():
     assert worker.blocks_needed([1, 128], batch=8) == 2 + worker.SPARE_BLOCKS
 
 
+def test_kv_bytes_where_loops_share_one_pool():
+    """Four groups over the same bytes, as vLLM lays them out for loops with block tables of their own."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
+
+    tensors = [KVCacheTensor(size=24 * 3 * 512, layers=[f"{n}"], layer_stride=512, block_stride=512) for n in range(4)]
+    cache = KVCacheConfig(num_blocks=24, kv_cache_tensors=tensors, kv_cache_groups=[])
+    assert worker.block_bytes(cache) == 3 * 512
+
+
 def test_worker_speaks_only_json_on_stdout_and_survives_errors(tmp_path):
     code = r"""
 import os, sys

@@ -137,6 +137,7 @@ def test_metrics_of_self_speculation(server, client):
     lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
     loops = [line.rsplit(" ", 1)[1] for line in lines if 'loop="4"' in line and "readouts" in line and "_total" in line]
     assert len(loops) == 2 and loops[0] == loops[1] != "0.0"
+    assert any(line.startswith("vllm:ouro_drafting{") for line in lines)
 
 
 def test_drafting_can_be_switched_off_for_a_request(server, client):

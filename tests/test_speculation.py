@@ -351,12 +351,12 @@ def plain_now_and_then(llm, monkeypatch, seed):
     decide, end = scheduler.pacer.decide, scheduler.pacer.end
     plain = False
 
-    def decided(lanes, hurry, *args):
+    def decided(lanes, hurry):
         nonlocal left, plain
         left -= 1
         if left <= 0:
             left, plain = dice.randint(1, 5), not plain
-        pace = decide(lanes, hurry, *args)
+        pace = decide(lanes, hurry)
         return Pace(pace.entry, 0, plain=True) if plain else pace
 
     def ended(committed, ran_plain, busy):

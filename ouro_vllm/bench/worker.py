@@ -64,6 +64,12 @@ def blocks_needed(lengths: list[int], batch: int) -> int:
     return sum(sorted((-(-length // BLOCK) for length in lengths), reverse=True)[:batch]) + SPARE_BLOCKS
 
 
+def block_bytes(cache: Any) -> float:
+    """Bytes of a block of vLLM's KVCacheConfig. Its tensors each name the size of all that is allocated: those of
+    loops lie over one another in it (vllm/v1/kv_cache_interface.py, `KVCacheTensor`)."""
+    return max(tensor.size for tensor in cache.kv_cache_tensors) / cache.num_blocks
+
+
 def recut(prompts: list[list[int]], length: int, count: int) -> list[list[int]]:
     """`count` prompts of `length` token ids each: all prompts in a row, again and again, cut anew."""
     endless = cycle(token for prompt in prompts for token in prompt)
@@ -219,9 +225,6 @@ class Engine:
             self.llm.llm_engine, f"{self.runs}", prompts, params, requests, batch, stepped
         )
         tokens, outputs = sum(map(len, outputs)), outputs[:requests]
-        cache = scheduler.kv_cache_config
-        # Each of these names the size of all that is allocated; those of loops lie over one another in it.
-        block_bytes = max(tensor.size for tensor in cache.kv_cache_tensors) / cache.num_blocks
         measurement = Measurement(
             seconds=seconds,
             requests=requests,
@@ -229,7 +232,7 @@ class Engine:
             first_token=median(waits),
             decoding_seconds=sum(last),
             decoding_tokens=sum(map(len, outputs)) - len(outputs),
-            kv_bytes=held[1] * block_bytes / max(1, held[0]),
+            kv_bytes=held[1] * block_bytes(scheduler.kv_cache_config) / max(1, held[0]),
             context=mean(len(prompt) + self.tokens / 2 for prompt in prompts[:requests]),
             loop_bytes=self.loop_bytes,
             entries=dict(entries),

@@ -24,7 +24,7 @@ GUESSED = 0.4  # lookups per token assumed before any was made, fewer by place, 
 SAVED = 0.7  # passes that a right lookup saves: 0.72 on the bundled checkpoint with 1, 2, 3 or 5 per pass
 GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
-MANY = 64  # rows in a pass that is bound by computing, if any is
+MOST_TIMED = 64  # rows in the largest pass timed at the start
 LAPS = 6  # steps that a trial of plain steps, or of drafting, is to measure
 FIRST = 12  # steps until the first trial
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
@@ -268,7 +268,8 @@ class Pacer:
             last.seconds = now - last.began
             if last.plain and last.counts:
                 self._plain_lap(last)
-        pace = self.decide(lanes, hurry, contest, now)
+        self.plain = self.contested and self.fixed is None and lanes > 0 and contest.decide(now)
+        pace = Pace(self.loops, 0, plain=True) if self.plain else self.decide(lanes, hurry)
         counts = last is not None and last.plain == pace.plain and not hurry
         self.lap = Lap(now, contest, pace.plain, counts, prompts, fresh)
         return pace
@@ -299,16 +300,13 @@ class Pacer:
         if self.prompt_seconds:
             each = median(self.prompt_seconds)
         else:  # until it was measured: as in large passes
-            each = self.loops * (self.cost.of(2 * MANY) - self.cost.of(MANY)) / MANY
+            each = self.loops * (self.cost.of(2 * MOST_TIMED) - self.cost.of(MOST_TIMED)) / MOST_TIMED
         prompts = lap.prompts * each
         if 2 * prompts < lap.seconds:
             lap.contest.lap(False, (lap.seconds - prompts) / committed, committed)
 
-    def decide(self, lanes: int, hurry: bool, contest: Contest | None = None, now: float = 0.0) -> Pace:
-        """lanes: requests that decode. hurry: someone waits for the next step, so no burst may come before it.
-
-        contest: asked at `now` whether the step is to be plain.
-        """
+    def decide(self, lanes: int, hurry: bool) -> Pace:
+        """How to draft. lanes: requests that decode. hurry: someone waits for the next step: no burst before it."""
         if self.fixed is not None or not lanes:
             return Pace(self.entry, 0 if hurry else self.passes, self.most)
         ways = [(0, GUESSES), (0, 1), *((entry, GUESSES) for entry in range(1, self.loops + 1))]
@@ -316,9 +314,6 @@ class Pacer:
         best = min(times, key=times.__getitem__)
         if times[best] < (1 - GAIN) * times[self.entry, self.most]:
             self.entry, self.most = best
-        self.plain = self.contested and contest is not None and contest.decide(now)
-        if self.plain:
-            return Pace(self.loops, 0, plain=True)
         self.steps += 1
         entry, most = self.entry, self.most
         if self.steps % LOOK == 0:
