@@ -189,7 +189,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--batch", type=batches, default=[1, 2, 4, 8], help="requests at once (default: 1,2,4,8)")
     for name, default, what in (
         ("--rounds", 5, "measurements per mode and batch, after one that warms up"),
-        ("--tokens", 128, "tokens per answer"),
+        ("--tokens", 128, "tokens per answer, on average: from half as many to half as many again"),
         ("--turns", 4, "requests per place in the batch, 6 at least in all"),
         ("--passes", 8, "passes per engine step of the wavefront"),
         ("--drafts", 3, "drafts per verification of draft-verify"),
@@ -197,6 +197,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         ("--kv-window", 256, "newest tokens that are not shared, where loops share KV"),
     ):
         command.add_argument(name, type=positive, default=default, help=f"{what} (default: %(default)s)")
+    command.add_argument("--requests", type=positive, help="in all, the same at every batch size (default: by --turns)")
     command.add_argument("--context", type=positive, help="tokens per prompt (default: the prompts as they are)")
     command.add_argument(
         "--kv-sharing",
@@ -308,6 +309,7 @@ def plan_of(args: argparse.Namespace, compared: list[str], sizes: list[int]) -> 
         modes=compared,
         window=args.kv_window,
         context=args.context,
+        count=args.requests,
         **{name: getattr(args, name) for name in ("prompts", "rounds", "tokens", "turns", "passes", "drafts")},
         **{name: getattr(args, name) for name in ("dtype", "sampled", "flat_rows")},
     )

@@ -14,6 +14,7 @@ on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -216,21 +217,15 @@ class LoopPasses(PlainDepths):
             lead = 0 if flight.missing is None else start - flight.missing
             if claimed < count or lead:
                 chunks.append(Chunk(index, start - lead, lead + count - claimed, where, depth.loops, lead))
-            follows = not discarded[index] and speculates(state.sampling_params)
-            follows = follows and not (self._textbook and depth.gated)
-            watch = self._watches.get(request)
-            traced = watch is not None and watch.traced
-            lookup = self._ready_lookup(request, state.sampling_params)
             # What follows a prompt reads the shared keys and values of that prompt, which are not there yet.
             waits = self._sharing is not None and start < state.num_prompt_tokens
-            lanes.append(Lane(index, flight, follows, self._pace.entry, lookup, traced, waits, self._pace.guesses))
+            lanes.append(self._lane(index, flight, not discarded[index], waits))
             layout += range(where + count - claimed, where + count)
             where += count
         stages = self._stages(chunks, flights=not self._plain)
-        tables, prompts = self._tables(), [self.requests[request].num_prompt_tokens for request in batch.req_ids]
-        ends: list[tuple[Chunk, torch.Tensor]] = []
+        fresh, ends = self._step(), []
         for number, stage in enumerate(stages, start=1):
-            machine.step = step = Step(tables, prompts)
+            machine.step = step = replace(fresh)
             if stage:
                 step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
                 step.exits = self._exits_of(stage)
@@ -249,17 +244,29 @@ class LoopPasses(PlainDepths):
             hidden[chunk.where : chunk.where + chunk.tokens - chunk.lead] = end[chunk.lead :]
         return hidden
 
+    def _lane(self, index: int, flight: Flight, decided: bool, waits: bool = False) -> Lane:
+        """decided: this step decides a token of the request. waits: see `Lane`."""
+        request = self.input_batch.req_ids[index]
+        params, watch = self.requests[request].sampling_params, self._watches.get(request)
+        follows = decided and speculates(params) and not (self._textbook and flight.gated)
+        traced, lookup = watch is not None and watch.traced, self._ready_lookup(request, params)
+        return Lane(index, flight, follows, self._pace.entry, lookup, traced, waits, self._pace.guesses)
+
     def _nothing_ahead(self) -> bool:
         """Whether this step runs what vLLM scheduled and nothing else, as plain decoding does.
 
-        A step that verifies drafts has their rows already. The gate needs rows that go on behind their exits, who
-        watches wants to see what early loops say, and a draft of the request's own is worth following.
+        So that nobody's first token waits for rows behind it, that is also how prompts run that have a step to
+        themselves. A step that verifies drafts has their rows already. The gate needs rows that go on behind their
+        exits, who watches wants to see what early loops say, and a draft of the request's own is worth following.
         """
         if not self._burst:
             return True
-        if not self._pace.plain or self._scheduled.scheduled_spec_decode_tokens:
+        if self._scheduled.scheduled_spec_decode_tokens:
             return False
-        for request in self.input_batch.req_ids:
+        for index, request in enumerate(self.input_batch.req_ids):
+            start, prompt = self.input_batch.num_computed_tokens_cpu[index], self.requests[request].num_prompt_tokens
+            if not self._pace.plain and start >= prompt:
+                return False
             extra = self.requests[request].sampling_params.extra_args or {}
             if self._depths[request].gated or request in self._watches or extra.get("ouro_draft"):
                 return False
@@ -352,12 +359,13 @@ class LoopPasses(PlainDepths):
         # Not all_stop_token_ids, which names the end of sequence also where it is ignored.
         flight.stops = frozenset((params.eos_token_id, *(params.stop_token_ids or ())))
 
-    def _tables(self) -> torch.Tensor:
-        """Block ids [R, B, W] of this step's batch, W the most blocks any request has."""
+    def _step(self) -> Step:
+        """For the passes of this step: block ids [R, B, W] of its batch, W the most blocks any request has."""
         tables = [self.input_batch.block_table[group] for group in self._groups]
         requests = self.input_batch.num_reqs
         width = max(int(table.num_blocks_per_row[:requests].max()) for table in tables)
-        return torch.stack([table.get_device_tensor(requests)[:, :width] for table in tables])
+        ids = torch.stack([table.get_device_tensor(requests)[:, :width] for table in tables])
+        return Step(ids, [self.requests[request].num_prompt_tokens for request in self.input_batch.req_ids])
 
     def _one_pass(self, positions: torch.Tensor, hidden: torch.Tensor, common: CommonAttentionMetadata) -> torch.Tensor:
         """One pass of rows of any depth: positions [N], hidden [N, D] -> [N, D], valid until the next pass."""
@@ -495,8 +503,11 @@ class LoopPasses(PlainDepths):
         """Take note of what was sampled; drafts are made in `take_draft_token_ids`."""
         assert self._waves is not None
         if self._plain:
-            self._committed += sum(map(len, sampled_token_ids))
-            return [[] for _ in sampled_token_ids]
+            if self._pace.plain or not self._burst:
+                self._committed += sum(map(len, sampled_token_ids))
+                return [[] for _ in sampled_token_ids]
+            self._waves.machine.step = self._step()
+            self._lanes = [self._departing(index, bool(sampled)) for index, sampled in enumerate(sampled_token_ids)]
         lengths = self.input_batch.num_tokens_no_spec
         for lane, sampled in zip(self._lanes, sampled_token_ids, strict=True):
             if not sampled:
@@ -516,6 +527,13 @@ class LoopPasses(PlainDepths):
                 self._waves.free += flight.ground()
         self._due = True
         return [[] for _ in self._lanes]
+
+    def _departing(self, index: int, decided: bool) -> Lane:
+        """Of a request whose prompt ran plainly: nothing is under way yet."""
+        request = self.input_batch.req_ids[index]
+        flight = self._waves.flight(request, self._depths[request].loops)
+        self._limit(index, flight, self.requests[request])
+        return self._lane(index, flight, decided)
 
     @torch.inference_mode()
     def take_draft_token_ids(self) -> DraftTokenIds | None:
@@ -551,8 +569,9 @@ class LoopPasses(PlainDepths):
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)
         if self._waves and self._burst:
+            plain = self._plain and self._pace.plain
             in_flight = sum(len(flight.rows) + len(flight.trail) for flight in self._waves.flights.values())
-            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, self._plain))
+            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, plain))
             if self._exits:
                 setattr(output, EXITS, self._exits)
             self._committed, self._exits = 0, {}

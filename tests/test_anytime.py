@@ -417,10 +417,10 @@ def test_a_watch_remembers_what_was_said_and_is_bounded():
 # Streams of an engine in this process, for the modules that have one.
 
 
-def streams(llm, asked: list[list[int]], tokens: int, extras: bool = True) -> list[Answer]:
+def streams(llm, asked: list[list[int]], tokens: int, drafts: bool = True) -> list[Answer]:
     """Answers to prompts of token ids that go through `llm` together as anytime requests, greedy, of `tokens` tokens.
 
-    With `extras` every other one is traced, every third brings a draft along, made by the same engine at depth 1. Each
+    Every other one is traced; with `drafts` every third brings one along, made by the same engine at depth 1. Each
     event is fed to the reducer and to its slow reference.
     """
     from functools import partial
@@ -431,7 +431,7 @@ def streams(llm, asked: list[list[int]], tokens: int, extras: bool = True) -> li
     wish = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in asked]
     shallow = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args={"ouro_loops": 1})
-    drafted = llm.generate(prompts[::3], shallow, use_tqdm=False) if extras else []
+    drafted = llm.generate(prompts[::3], shallow, use_tqdm=False) if drafts else []
     engine, decode = llm.llm_engine, partial(llm.get_tokenizer().decode, skip_special_tokens=True)
     transcripts, clients, slow = [], [Answer() for _ in asked], [Slow() for _ in asked]
 
@@ -447,10 +447,10 @@ def streams(llm, asked: list[list[int]], tokens: int, extras: bool = True) -> li
             assert all(0 <= depth <= 4 for depth in client.tail_depth)
 
     for number, prompt in enumerate(prompts):
-        traced = extras and number % 2 == 0
+        traced = number % 2 == 0
         transcripts.append(Transcript(decode, asked[number], [], traced, tokens))
         new, extra = wish.clone(), {"ouro_anytime": 1 + traced}
-        if extras and number % 3 == 0:
+        if drafts and number % 3 == 0:
             draft = drafted[number // 3].outputs[0]
             tell(number, transcripts[number].drafted(draft.token_ids, draft.text, 1, True))
             extra["ouro_draft"] = list(draft.token_ids)
@@ -464,7 +464,7 @@ def streams(llm, asked: list[list[int]], tokens: int, extras: bool = True) -> li
             tell(number, transcripts[number].told(new.token_ids, new.text, frame, output.finished))
     for number, client in enumerate(clients):
         assert client.provisional == "" and client.tail_ids == [] and len(client.token_ids) == tokens
-        assert sorted(client.traces) == (list(range(tokens)) if extras and number % 2 == 0 else [])
+        assert sorted(client.traces) == (list(range(tokens)) if number % 2 == 0 else [])
         for place, said in client.traces.items():
             assert (said[-1]["token_id"], said[-1]["depth"]) == (client.token_ids[place], client.depth[place])
     return clients

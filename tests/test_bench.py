@@ -143,6 +143,13 @@ def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake):
     }
 
 
+def test_as_many_requests_at_every_batch_size(fake):
+    folder = fake("good")
+    assert cli.main(["bench", folder, "--batch", "1,4", "--rounds", "1", "--modes", "plain", "--requests", "9"]) == 0
+    (plain,) = asked(folder)
+    assert [question["measure"]["requests"] for question in plain[1:]] == [9] * 4
+
+
 def test_an_earlier_run_is_reported_anew(fake, tmp_path, capsys):
     saved, readme = tmp_path / "figures.json", tmp_path / "README.md"
     assert cli.main(["bench", fake("good"), "--batch", "2,8", "--modes", "plain,wavefront", "--json", str(saved)]) == 0
@@ -435,6 +442,16 @@ def test_modes_that_share():
 
 def test_worker_cuts_prompts_of_one_length():
     assert worker.recut([[1, 2], [3], [4, 5]], 4, 3) == [[1, 2, 3, 4], [5, 1, 2, 3], [4, 5, 1, 2]]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31, 128])
+def test_answers_end_at_different_times(tokens):
+    lengths = [worker.answer_length(tokens, number) for number in range(200)]
+    assert 1 <= min(lengths) and tokens // 2 <= min(lengths) and max(lengths) <= tokens // 2 + tokens
+    for some in (6, 16, 200):
+        assert abs(sum(lengths[:some]) / some - tokens) < max(1, 0.1 * tokens)
+    if tokens > 100:
+        assert max(map(lengths.count, lengths)) < 6
 
 
 def test_environment_of_children(monkeypatch):

@@ -25,6 +25,7 @@ port, mode = int(sys.argv[1]), sys.argv[2]
 print("the fake server is here", flush=True)
 if mode == "dies":
     sys.exit("no weights to be found")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
 for number in {"stubborn": [signal.SIGINT], "immortal": [signal.SIGINT, signal.SIGTERM]}.get(mode, ()):
     signal.signal(number, signal.SIG_IGN)
 if mode == "parent":

@@ -120,7 +120,7 @@ def test_chunked_prompts_and_preemption(engine, bank, policy, monkeypatch):
         assert_idle(llm)
         assert max(lost, default=0) > 2 * WINDOW
         lost.clear()
-        answers = streams(llm, [ids for ids, _ in bank[:9]], TOKENS, extras=False)
+        answers = streams(llm, [ids for ids, _ in bank[:9]], TOKENS, drafts=False)
         assert [answer.token_ids for answer in answers] == [answer for _, answer in bank[:9]]
         assert_idle(llm)
         assert any(lost) and any(answer.retracted for answer in answers)

@@ -125,9 +125,9 @@ def notes(figures: dict[str, Any]) -> str:
     said = [
         f"Rounds: {figures['rounds']}, the modes in turn in each. At batch b at most b requests at once, a new one as "
         f"soon as one is done, {sizes[least]} in all at batch {least} and {sizes[most]} at batch {most}, of "
-        f"{figures['tokens']} tokens each; until these are done others take the places that get free, and what those "
-        f"are given counts, too. {figures['device'].upper()}, {figures['threads']} threads, vLLM "
-        f"{figures['vllm']}.",
+        f"{figures['tokens']} tokens on average, from half to half as many again; until these are done others take the "
+        "places that get free, and what those are given counts, too. "
+        f"{figures['device'].upper()}, {figures['threads']} threads, vLLM {figures['vllm']}.",
         f"Ratios are medians over the rounds. Outputs are compared with {BASE}'s of the same round; {BASE}'s own with "
         f"those it gave at batch {least}, which shows what batching alone changes.",
         "The last column is a projection, not a measurement: for a machine whose passes cost the same up to "

@@ -31,9 +31,10 @@ class Plan:
 
     model: folder or name. prompts: file with a JSON list of texts, None for the model's own.
     modes: of `modes.MODES`. batches: most requests at once, rising. rounds: measurements per mode and batch size, after
-    one that warms up. tokens: per answer. turns: requests per place in the batch, FEWEST_REQUESTS at least in all.
-    passes, drafts, window: see `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see
-    `figures.PROJECTION`. context: tokens per prompt, cut from all texts in a row; None for the prompts as they are.
+    one that warms up. tokens: per answer, on average. turns: requests per place in the batch, FEWEST_REQUESTS at least
+    in all, where `count` does not say how many at every batch size. passes, drafts, window: see
+    `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see `figures.PROJECTION`. context: tokens per
+    prompt, cut from all texts in a row; None for the prompts as they are.
     """
 
     model: str
@@ -50,10 +51,11 @@ class Plan:
     flat_rows: int
     window: int = 256
     context: int | None = None
+    count: int | None = None
 
     def requests(self, batch: int) -> int:
         """How many are answered in one measurement."""
-        return max(FEWEST_REQUESTS, self.turns * batch)
+        return self.count or max(FEWEST_REQUESTS, self.turns * batch)
 
 
 def main(plan: Plan, results: Results) -> int:

@@ -28,6 +28,7 @@ from ouro_vllm.names import MODEL_TYPE
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BLOCK = 128  # tokens of the largest KV block that vLLM takes by itself
 SPARE_BLOCKS = 2  # per loop: vLLM's null block, and one for good measure
+GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly, however many there are
 KEPT = ("passes", "rows", "lane_passes", "restarts", "dropped", "agreed", "judged", "settled")  # of Counts
 
 
@@ -76,6 +77,14 @@ def recut(prompts: list[list[int]], length: int, count: int) -> list[list[int]]:
     return [list(islice(endless, length)) for _ in range(count)]
 
 
+def answer_length(tokens: int, number: int) -> int:
+    """Tokens that request `number` (from 0) is given: `tokens` on average, from half of that to half as many again.
+
+    On a server answers do not all end in one step, and prompts do not all come in one.
+    """
+    return max(1, tokens // 2 + round(tokens * ((0.5 + number * GOLDEN) % 1)))
+
+
 class Engine:
     """vLLM's `LLM` with as much KV cache as the requests need, the same in every mode.
 
@@ -95,9 +104,9 @@ class Engine:
         more_groups: int,
         options: dict[str, Any],
     ) -> None:
-        """tokens: per answer. batch: most requests at once. lookahead: slots per request that speculation takes, in the
-        mode that takes most. context: see `run.Plan`. more_groups: KV groups beside the loops', in the mode that has
-        most. options: of `LLM`, what sets the mode apart."""
+        """tokens: per answer, on average. batch: most requests at once. lookahead: slots per request that speculation
+        takes, in the mode that takes most. context: see `run.Plan`. more_groups: KV groups beside the loops', in the
+        mode that has most. options: of `LLM`, what sets the mode apart."""
         began = perf_counter()
         import torch
         import vllm
@@ -118,7 +127,7 @@ class Engine:
             self.prompts = recut(self.prompts, context, batch)
         self.tokens = tokens
         repeated = [self.prompts[number % len(self.prompts)] for number in range(max(batch, len(self.prompts)))]
-        lengths = [len(prompt) + tokens + lookahead for prompt in repeated]
+        lengths = [len(prompt) + tokens // 2 + tokens + lookahead for prompt in repeated]
         self.loops = config.total_ut_steps
         loop_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         self.loop_bytes = loop_values * getattr(torch, dtype).itemsize
@@ -177,8 +186,9 @@ class Engine:
         """Answer that many requests, never more than `batch` at once, a new one as soon as one is done.
 
         Until all are done others follow them, so that the batch is full to the end; what these are given counts as
-        tokens, but their answers are not finished. Request i has prompt i, starting over when they are used up, and
-        seed i. Detokenisation, which a server does in another process, is left out. extra_args: `vllm_xargs` of all.
+        tokens, but their answers are not finished. Request i has prompt i, starting over when they are used up, seed
+        i and `answer_length` i. Detokenisation, which a server does in another process, is left out. extra_args:
+        `vllm_xargs` of all.
 
         Returns:
             {"measurement": a Measurement, "outputs": token ids per request, "read": tokens by the loop, from the first,
@@ -192,7 +202,7 @@ class Engine:
                 temperature=temperature,
                 seed=number,
                 extra_args=extra_args,
-                max_tokens=self.tokens,
+                max_tokens=answer_length(self.tokens, number),
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,

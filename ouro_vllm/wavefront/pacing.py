@@ -28,6 +28,7 @@ MOST_TIMED = 64  # rows in the largest pass timed at the start
 LAPS = 6  # steps that a trial of plain steps, or of drafting, is to measure
 FIRST = 12  # steps until the first trial
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
+MARGIN = 0.05  # drafting must promise this much to be taken up; plain steps are the promise, and need nothing
 SHARE = 0.01  # of the time may be lost to trials
 LONGEST_REST = 60.0  # seconds without a trial, at most
 
@@ -185,7 +186,8 @@ class Contest:
         """The trial is over: the better one stays. What it lost is not to be lost again soon."""
         tried, used = self.laps[not self.plain], self.laps[self.plain]
         self.trying, self.left = False, LOOK
-        if self.measured == LAPS and median(list(tried)[-LAPS:]) < (1 - GAIN) * median(used):
+        bar = (1 - MARGIN if self.plain else 1.0) * median(used)
+        if self.measured == LAPS and median(list(tried)[-LAPS:]) < bar:
             self.plain, self.rest = not self.plain, 0.0
         else:
             lost = self.now - self.began - self.tokens * median(used)

@@ -224,7 +224,8 @@ class Waves:
         read: list[int] = []
         busy, self.guessing = bool(chunks), 0
         for lane in lanes:
-            flight, speculates = lane.flight, lane.speculates and follow and not lane.waits
+            flight, early = lane.flight, lane.speculates and follow  # whether early readouts are of use
+            speculates = early and not lane.waits
             entry = min(lane.entry, flight.loops)
             if flight.waiting is not None or speculates:
                 boarding = flight.boarding(entry)
@@ -243,7 +244,8 @@ class Waves:
                     continue
                 busy = busy or not row.exit
                 # A row once read is read until it is decided: what its loops said is then comparable.
-                wanted = speculates and (index < last or row.depth + 1 >= entry or row.heard or lane.traced)
+                wanted = speculates and (index < last or row.depth + 1 >= entry or row.heard)
+                wanted = wanted or (early and lane.traced)
                 if not row.exit and (wanted or flight.gated):
                     read.append(len(rows))
                 rows.append((lane, row))
