@@ -54,7 +54,7 @@ class Exported:
         }
         self.in_flight = Gauge("vllm:ouro_rows_in_flight", "Rows kept between passes.", labels)
         self.entry = Gauge("vllm:ouro_entry_loop", "Loops a row has run when its readout is fed.", labels)
-        self.drafting = Gauge("vllm:ouro_drafting", "1 where steps draft, 0 where plain ones are faster.", labels)
+        self.drafting = Gauge("vllm:ouro_drafting", "1 where steps draft, 0 where they are plain.", labels)
         loops = range(1, MOST_LOOPS + 1)
         self.depth = Histogram("vllm:ouro_exit_depth", "Loops that tokens were read after.", labels, buckets=loops)
         self.mean = Gauge("vllm:ouro_mean_depth", "Mean of the loops that tokens were read after, so far.", labels)
@@ -103,5 +103,5 @@ def summary(counts: Counts, committed: int, entry: int, plain: bool) -> str:
         f"Self-speculation: {counts.lane_passes / max(1, committed):.2f} passes per token, "
         f"{counts.rows / max(1, counts.passes):.1f} rows per pass, {counts.rows / max(1, committed):.2f} per token, "
         f"agreement of earlier loops with the last {agreement}, "
-        + ("steps are plain now, which is faster." if plain else f"readouts fed from loop {entry} on.")
+        + ("steps are plain now." if plain else f"readouts fed from loop {entry} on.")
     )

@@ -19,7 +19,7 @@ from ouro_vllm.names import EXITS
 
 
 class PlainDepths(KeyedDraws):
-    """Mixed into a V1 model runner. Self-speculation adds to it, and uses it for steps that draft nothing."""
+    """Mixed into a V1 model runner. Self-speculation adds to it, and uses it for steps in which nothing runs ahead."""
 
     def start_plain(self) -> None:
         """Called once, after the runner is made and before the model is loaded."""

@@ -4,8 +4,8 @@ passes of mixed depth, the wavefront.
 What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     initialize_kv_cache: makes the machine for the passes.
     _update_states: notes which requests are new, lost their blocks, or are gone.
-    execute_model, _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`; but of steps that the
-        pace wants plain vLLM's way, if loops share no KV.
+    execute_model, _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`; but of bare steps
+        (`_nothing_ahead`) vLLM's way, if loops share no KV.
     _model_forward: vLLM's hook for this.
     sample_tokens: what was measured goes along with the output.
     _get_spec_decode_draft_probs, _input_fits_in_drafter, propose_draft_token_ids, take_draft_token_ids: drafting.
@@ -61,7 +61,7 @@ class LoopPasses(PlainDepths):
         self._waves: Waves | None = None
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
-        self._own_step = self._due = self._plain = False
+        self._own_step = self._due = self._bare = False
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
         self._committed = 0
@@ -157,8 +157,8 @@ class LoopPasses(PlainDepths):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if self._own_step:
-            self._plain = self._nothing_ahead()
-            self._own_step = not self._plain or self._sharing is not None
+            self._bare = self._nothing_ahead()
+            self._own_step = not self._bare or self._sharing is not None
         if not self._own_step:
             return super()._build_attention_metadata(*args, **kwargs)
         # Every pass has its own. The second value only has to be there for vLLM to call the drafter.
@@ -172,7 +172,7 @@ class LoopPasses(PlainDepths):
         inputs_embeds: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        if self._plain and self._burst and self._scheduled is not None:
+        if self._bare and self._burst and self._scheduled is not None:
             self._leave_flights()
         if not self._own_step:
             began = perf_counter()
@@ -201,7 +201,7 @@ class LoopPasses(PlainDepths):
         lanes, chunks, layout, where = [], [], [], 0
         for index, (request, start, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
             state, depth = self.requests[request], self._depths[request]
-            if self._plain:
+            if self._bare:
                 chunks.append(Chunk(index, start, count, where, depth.loops))
                 where += count
                 continue
@@ -222,7 +222,7 @@ class LoopPasses(PlainDepths):
             lanes.append(self._lane(index, flight, not discarded[index], waits))
             layout += range(where + count - claimed, where + count)
             where += count
-        stages = self._stages(chunks, flights=not self._plain)
+        stages = self._stages(chunks, flights=not self._bare)
         fresh, ends = self._step(), []
         for number, stage in enumerate(stages, start=1):
             machine.step = step = replace(fresh)
@@ -233,7 +233,7 @@ class LoopPasses(PlainDepths):
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
-        if self._plain and len(stages) == 1:
+        if self._bare and len(stages) == 1:
             return step.chunks_read
         kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
@@ -253,7 +253,7 @@ class LoopPasses(PlainDepths):
         return Lane(index, flight, follows, self._pace.entry, lookup, traced, waits, self._pace.guesses)
 
     def _nothing_ahead(self) -> bool:
-        """Whether this step runs what vLLM scheduled and nothing else, as plain decoding does.
+        """Whether this step runs bare: what vLLM scheduled and nothing else, as plain decoding does.
 
         So that nobody's first token waits for rows behind it, that is also how prompts run that have a step to
         themselves. A step that verifies drafts has their rows already. The gate needs rows that go on behind their
@@ -502,12 +502,10 @@ class LoopPasses(PlainDepths):
     ) -> list[list[int]]:
         """Take note of what was sampled; drafts are made in `take_draft_token_ids`."""
         assert self._waves is not None
-        if self._plain:
-            if self._pace.plain or not self._burst:
-                self._committed += sum(map(len, sampled_token_ids))
-                return [[] for _ in sampled_token_ids]
-            self._waves.machine.step = self._step()
-            self._lanes = [self._departing(index, bool(sampled)) for index, sampled in enumerate(sampled_token_ids)]
+        if self._bare:
+            self._committed += sum(map(len, sampled_token_ids))
+            self._due = not self._pace.plain
+            return [[] for _ in sampled_token_ids]
         lengths = self.input_batch.num_tokens_no_spec
         for lane, sampled in zip(self._lanes, sampled_token_ids, strict=True):
             if not sampled:
@@ -528,12 +526,21 @@ class LoopPasses(PlainDepths):
         self._due = True
         return [[] for _ in self._lanes]
 
-    def _departing(self, index: int, decided: bool) -> Lane:
-        """Of a request whose prompt ran plainly: nothing is under way yet."""
-        request = self.input_batch.req_ids[index]
-        flight = self._waves.flight(request, self._depths[request].loops)
-        self._limit(index, flight, self.requests[request])
-        return self._lane(index, flight, decided)
+    def _depart(self) -> list[Lane]:
+        """Lanes of a step that ran bare. Nothing is under way: flights start with the token it decided, if it did."""
+        batch, lanes = self.input_batch, []
+        self._waves.machine.step = self._step()
+        for index, request in enumerate(batch.req_ids):
+            flight = self._waves.flight(request, self._depths[request].loops)
+            decided = not self.discard_request_mask.np[index]
+            if decided:
+                self._limit(index, flight, self.requests[request])
+                position = int(batch.num_tokens_no_spec[index]) - 1
+                token = int(batch.token_ids_cpu[index, position])
+                if token not in flight.stops and position < flight.end:
+                    self._waves.restart(flight, position, token)
+            lanes.append(self._lane(index, flight, decided))
+        return lanes
 
     @torch.inference_mode()
     def take_draft_token_ids(self) -> DraftTokenIds | None:
@@ -542,6 +549,8 @@ class LoopPasses(PlainDepths):
             return None
         self._due = False
         try:
+            if self._bare:
+                self._lanes = self._depart()
             lanes = [lane for lane in self._lanes if lane.speculates]
             self._look_up()
             if self._textbook:
@@ -569,7 +578,7 @@ class LoopPasses(PlainDepths):
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)
         if self._waves and self._burst:
-            plain = self._plain and self._pace.plain
+            plain = self._bare and self._pace.plain
             in_flight = sum(len(flight.rows) + len(flight.trail) for flight in self._waves.flights.values())
             setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, plain))
             if self._exits:

@@ -92,7 +92,7 @@ class OuroScheduler(DepthFigures, Scheduler):
                 hurry = True
             else:
                 decoding += 1
-                fresh += prompt > 0
+                fresh += prompt > 0 or not request.num_output_tokens
                 hurry = hurry or not speculates(request.sampling_params)
         most_drawn = 2 * drawn > len(output.num_scheduled_tokens)
         setattr(output, PLUGIN, self.pacer.begin(began, decoding, hurry, most_drawn, prompts, fresh))

@@ -145,9 +145,9 @@ def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake):
 
 def test_as_many_requests_at_every_batch_size(fake):
     folder = fake("good")
-    assert cli.main(["bench", folder, "--batch", "1,4", "--rounds", "1", "--modes", "plain", "--requests", "9"]) == 0
+    assert cli.main(["bench", folder, "--batch", "1,4,16", "--rounds", "1", "--modes", "plain", "--requests", "9"]) == 0
     (plain,) = asked(folder)
-    assert [question["measure"]["requests"] for question in plain[1:]] == [9] * 4
+    assert [question["measure"]["requests"] for question in plain[1:]] == [9] * 4 + [16] * 2
 
 
 def test_an_earlier_run_is_reported_anew(fake, tmp_path, capsys):

@@ -537,6 +537,25 @@ def test_a_failure_that_lasts_costs_speed_alone(swift, bank, monkeypatch):
     assert_idle(swift)
 
 
+def test_a_failure_behind_the_prompts_costs_no_request(swift, bank, monkeypatch):
+    """Nothing can set out behind a prompt that ran plainly; the next step drafts again."""
+    runner, pairs, failed = runner_of(swift), bank[:4], []
+    limit = runner._limit
+
+    def broken(*args):
+        if not failed:
+            failed.append(args)
+            raise RuntimeError("broken on purpose")
+        limit(*args)
+
+    monkeypatch.setattr(runner, "_limit", broken)
+    before = swift.drafts.accepted
+    arrivals = [(0, ids, params(max_tokens=24)) for ids, _ in pairs]
+    assert serve(swift, arrivals) == [answer[:24] for _, answer in pairs]
+    assert failed and swift.drafts.accepted > before
+    assert_idle(swift)
+
+
 @pytest.mark.parametrize("where", ["burst", "forward"])
 def test_a_failure_costs_no_request(swift, bank, monkeypatch, where):
     """One pass raises. Answers are the same; later steps draft again."""

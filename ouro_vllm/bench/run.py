@@ -32,7 +32,7 @@ class Plan:
     model: folder or name. prompts: file with a JSON list of texts, None for the model's own.
     modes: of `modes.MODES`. batches: most requests at once, rising. rounds: measurements per mode and batch size, after
     one that warms up. tokens: per answer, on average. turns: requests per place in the batch, FEWEST_REQUESTS at least
-    in all, where `count` does not say how many at every batch size. passes, drafts, window: see
+    in all; count: instead of these, how many in all at every batch size that is no larger. passes, drafts, window: see
     `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see `figures.PROJECTION`. context: tokens per
     prompt, cut from all texts in a row; None for the prompts as they are.
     """
@@ -55,7 +55,7 @@ class Plan:
 
     def requests(self, batch: int) -> int:
         """How many are answered in one measurement."""
-        return self.count or max(FEWEST_REQUESTS, self.turns * batch)
+        return max(self.count or max(FEWEST_REQUESTS, self.turns * batch), batch)
 
 
 def main(plan: Plan, results: Results) -> int:

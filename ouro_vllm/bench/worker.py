@@ -243,7 +243,7 @@ class Engine:
             decoding_seconds=sum(last),
             decoding_tokens=sum(map(len, outputs)) - len(outputs),
             kv_bytes=held[1] * block_bytes(scheduler.kv_cache_config) / max(1, held[0]),
-            context=mean(len(prompt) + self.tokens / 2 for prompt in prompts[:requests]),
+            context=mean(len(prompts[i]) + params[i].max_tokens / 2 for i in range(requests)),
             loop_bytes=self.loop_bytes,
             entries=dict(entries),
             **self._between(before, self._counted(), tokens),

@@ -8,7 +8,7 @@ so the best choice depends on the machine, the model and the batch.
 
 Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
 promise to be kept. Whichever of the two is not in use runs a few steps now and then, and takes over once it gives
-tokens faster. Pure Python.
+tokens faster, drafting by `MARGIN` at least. Pure Python.
 """
 
 from collections import deque
@@ -50,7 +50,8 @@ class Pace:
 class StepReport:
     """What a step reports back.
 
-    committed: tokens that vLLM's sampler decided in it. in_flight: rows kept after it. plain: nothing ran ahead.
+    committed: tokens that vLLM's sampler decided in it. in_flight: rows kept after it. plain: nothing ran ahead in it
+    or in a burst after it.
     """
 
     counts: Counts
@@ -183,7 +184,7 @@ class Contest:
                 self._end()
 
     def _end(self) -> None:
-        """The trial is over: the better one stays. What it lost is not to be lost again soon."""
+        """The trial is over: see whether the other one takes over. What it lost is not to be lost again soon."""
         tried, used = self.laps[not self.plain], self.laps[self.plain]
         self.trying, self.left = False, LOOK
         bar = (1 - MARGIN if self.plain else 1.0) * median(used)
@@ -286,7 +287,7 @@ class Pacer:
             self.prompt_seconds.append(max(0.0, beyond) / lap.prompts)
 
     def end(self, committed: int, plain: bool, busy: bool) -> None:
-        """The step's tokens are there. plain: nothing ran ahead in it. busy: another step follows at once.
+        """The step's tokens are there. plain: as in `StepReport`. busy: another step follows at once.
 
         What a burst drafts is committed in the step after it.
         """

@@ -73,7 +73,7 @@ class Machine(Protocol):
 class Counts:
     """What happened since the last report. All are plain sums."""
 
-    passes: int = 0  # that had rows of flights in them
+    passes: int = 0  # that had rows of flights in them, or ran bare
     lane_passes: int = 0  # the same, counted once per request that had rows in the pass
     rows: int = 0
     dropped: int = 0  # rows that left because a deeper readout disagreed with their token

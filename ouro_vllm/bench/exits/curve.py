@@ -100,7 +100,7 @@ def notes(figures: dict[str, Any]) -> str:
         f"{figures['model']}. Loss on {figures['text_tokens']} tokens of held-out text, accuracy on {figures['sums']} "
         f"expressions of each of {len(figures['chance'])} sizes, both in float32, all loops run. Fixed depths at equal "
         "mean depth: two neighbouring ones mixed at random. tokens/s: "
-        f"{figures['dtype']}, batch {figures['batch']}, {figures['tokens']} tokens per answer, medians of "
+        f"{figures['dtype']}, batch {figures['batch']}, {figures['tokens']} tokens per answer on average, medians of "
         f"{figures['rounds']} rounds; the mean depth beside it is that of the answers. {device}, "
         f"{figures['threads']} threads, vLLM {figures['vllm']}. {verdict(figures)}\n"
     )
