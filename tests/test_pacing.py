@@ -156,6 +156,17 @@ def test_what_was_faster_may_change():
         assert server.pacer.plain == (plain < drafting)
 
 
+def test_drafting_has_to_promise_more_than_a_little():
+    """Among plain steps 3% is not enough, 10% is; among drafting ones plain steps need no more than to be faster."""
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=0.98e-3)
+    for drafting, wanted in ((1e-3, True), (0.95e-3, True), (0.88e-3, False)):
+        server.drafting = drafting
+        for _ in range(200 * LOOK):
+            server.step(8)
+        (contest,) = server.pacer.contests.values()
+        assert contest.plain == wanted
+
+
 def test_batches_of_another_kind_have_their_own_contest():
     server = Server(Pacer(4, 8), 1e-3, 1e-3)
     for _ in range(30):
