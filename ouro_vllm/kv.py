@@ -1,13 +1,16 @@
-"""One KV group per loop step, all in one pool, and what sharing across loops frees and publishes.
+"""Where the loops' keys and values stand, and what sharing across loops frees and publishes.
 
-vLLM puts layers of equal specs into one group with one block table. Loops that are to have block tables of their own
-get specs that differ in a field; groups of the same page size share one pool, so that the cache tensor of a physical
-layer is the same for every loop and only block ids tell the loops apart (vllm/v1/core/kv_cache_utils.py,
-`_get_kv_cache_groups_uniform_page_size` and `get_kv_cache_config_from_groups`).
+Rows of any loop go through one attention call on one cache tensor per physical layer, so block ids alone have to tell
+the loops apart. vLLM puts layers of equal specs into one group with one block table, and the caches of all layers into
+one allocation, at regular distances (vllm/v1/kv_cache_interface.py, `KVCacheTensor`). So without sharing all loops are in one group, as
+in plain decoding, and the ids of a loop follow from its distance (`Pool`). Under sharing loops free blocks apart from
+each other: each has a spec of its own and so a group of its own, and the caches of a layer's loops are the same bytes
+(vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_uniform_page_size`, `get_kv_cache_config_from_groups`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, Self
 
 import torch
@@ -32,11 +35,25 @@ class SharedManager(FullAttentionManager):
         super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
 
 
-class LoopManager(FullAttentionManager):
-    """Blocks of one loop. Under sharing those before the window go once the prompt is done.
+class WavefrontManager(FullAttentionManager):
+    """Publishes no block to prefix caching that not all loops have written yet.
 
-    A prefix is found only where every group has it, so that the groups of the loops below the last are enough to hold
-    back blocks that not all loops have written yet.
+    Under the exit gate tokens are committed while their deeper loops are still to come.
+    """
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, under the exit gate of what is complete."""
+        tally = getattr(request, "ouro_depth", None)  # see `tally`
+        if tally is not None and tally.depth.gated:
+            done = complete(tally.depth.loops, request.num_prompt_tokens, request.num_computed_tokens)
+            num_tokens = min(num_tokens, done)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+
+class LoopManager(SharedManager):
+    """Blocks of one loop under sharing. Those before the window go once the prompt is done.
+
+    A prefix is found only where every group has it.
 
     Attributes:
         requests: the scheduler's, by id; most_tokens: in one step. Both are set by `OuroScheduler`.
@@ -44,26 +61,15 @@ class LoopManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: "LoopSpec", *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        window = kv_cache_spec.window
-        self.sharing = None if window is None else Sharing(LAST, window, self.block_size)
+        self.sharing = Sharing(LAST, kv_cache_spec.window, self.block_size)
         self.requests: Mapping[str, Any] = {}
         self.most_tokens = 0
-
-    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does; under sharing of the prompt (see `SharedManager`), under the exit gate what is complete."""
-        if self.sharing is not None:
-            num_tokens = min(num_tokens, request.num_prompt_tokens)
-        tally = getattr(request, "ouro_depth", None)  # see `tally`
-        if tally is not None and tally.depth.gated:
-            done = complete(tally.depth.loops, request.num_prompt_tokens, request.num_computed_tokens)
-            num_tokens = min(num_tokens, done)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free what no row from `processed_computed_tokens` on reads."""
-        if self.sharing is None or num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
+        if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
             return
         start = self.sharing.start(processed_computed_tokens, num_prompt_tokens)
         self._remove_blocks_in_range(request_id, 0, start // self.block_size)
@@ -76,7 +82,7 @@ class LoopManager(FullAttentionManager):
         That matters where one comes back after preemption: it is computed again from its first token, but never holds
         all it had generated.
         """
-        if apply_admission_cap and self.sharing is not None and request_id in self.requests:
+        if apply_admission_cap and request_id in self.requests:
             prompt = self.requests[request_id].num_prompt_tokens
             num_tokens = min(num_tokens, prompt + self.sharing.window + self.most_tokens + self.block_size)
         return super().get_num_blocks_to_allocate(
@@ -89,11 +95,11 @@ class LoopManager(FullAttentionManager):
 class LoopSpec(FullAttentionSpec):
     """Full attention of one loop. Beside it there is always a group of another kind, which holds the groups apart.
 
-    loop: 1-based. window: of `Sharing`; None where loops share nothing.
+    loop: 1-based. window: of `Sharing`.
     """
 
     loop: int
-    window: int | None = None
+    window: int
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -109,11 +115,25 @@ class SharedSpec(FullAttentionSpec):
     """What all loops read before their windows: the last loop's own keys and values, or the mean over all loops'."""
 
 
+@register_kv_cache_spec(manager_class=WavefrontManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class WavefrontSpec(FullAttentionSpec):
+    """Full attention of every loop, of a server whose rows run ahead."""
+
+
+class WavefrontAttention(Attention):
+    """vLLM's attention layer, in a server whose rows run ahead."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """The layer's own spec, of a kind of its own."""
+        return WavefrontSpec(**fields(self, super().get_kv_cache_spec(vllm_config)))
+
+
 class LoopAttention(Attention):
     """vLLM's attention layer, whose KV cache belongs to one loop's group."""
 
     loop: int
-    window: int | None = None
+    window: int
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """The layer's own spec, marked with its loop."""
@@ -135,25 +155,58 @@ def fields(layer: Attention, spec: KVCacheSpec | None) -> dict[str, Any]:
     return vars(spec)
 
 
-def groups_by_loop(kv_cache_config: KVCacheConfig, names: Sequence[Sequence[str]], layers: dict[str, Any]) -> list[int]:
-    """The KV group of each loop; names: attention layers per loop; layers: vLLM's attention layers by name.
+@dataclass(frozen=True)
+class Pool:
+    """The caches of all loops, seen as one cache per physical layer.
 
-    Raises:
-        RuntimeError: vLLM did not make one group per loop over one pool, as mixed-depth passes need it.
+    groups: vLLM's KV group of each loop. Block k of its table is block k * per_block + (loop - 1) * per_loop here.
+    caches: [blocks, heads, tokens, 2 * size], per physical layer, in vLLM's own memory.
     """
-    found = []
-    for wanted in names:
-        ids = [i for i, group in enumerate(kv_cache_config.kv_cache_groups) if set(group.layer_names) == set(wanted)]
-        found += ids
-        if len(ids) != 1:
-            raise RuntimeError(
-                f"vLLM made no KV group of its own for the loop with layer {wanted[0]}. Self-speculation and KV "
-                "sharing need one per loop. Start without --disable-hybrid-kv-cache-manager, or without both."
-            )
-    for same in zip(*names, strict=True):
-        if len({layers[name].kv_cache.data_ptr() for name in same}) != 1:
-            raise RuntimeError(f"{same[0]} and {same[-1]} have separate caches; loops need one pool.")
-    return found
+
+    groups: list[int]
+    per_block: int
+    per_loop: int
+    caches: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, config: KVCacheConfig, names: Sequence[Sequence[str]], layers: Mapping[str, Any]) -> Self:
+        """names: attention layers per loop; layers: vLLM's attention layers by name, with their caches.
+
+        Raises:
+            RuntimeError: the loops of a layer do not stand at regular distances, as mixed-depth passes need it.
+        """
+        group_of = {name: number for number, group in enumerate(config.kv_cache_groups) for name in group.layer_names}
+        groups = [group_of[loop[0]] for loop in names]
+        if any(group_of[name] != group for loop, group in zip(names, groups, strict=True) for name in loop):
+            raise RuntimeError(f"vLLM did not keep the layers of a loop in one KV group: {group_of}.")
+        own = len(set(groups)) == len(names)
+        steps, caches = set(), []
+        for same in zip(*names, strict=True):
+            first, *others = [layers[name].kv_cache for name in same]
+            distance = (others[0].data_ptr() - first.data_ptr()) // first.element_size() if others else 0
+            for number, other in enumerate(others, start=1):
+                away = other.data_ptr() - first.data_ptr() - number * distance * first.element_size()
+                if away or other.stride() != first.stride() or own != (distance == 0):
+                    raise RuntimeError(
+                        f"The KV caches of {same[0]} and {same[number]} do not stand at a regular distance, "
+                        "which self-speculation and KV sharing need. Start without VLLM_KV_CACHE_LAYOUT, or without both."
+                    )
+            unit = gcd(first.stride(0), distance)
+            per_block, per_loop = first.stride(0) // unit, distance // unit
+            steps.add((per_block, per_loop))
+            blocks = (first.shape[0] - 1) * per_block + len(others) * per_loop + 1
+            caches.append(first.as_strided((blocks, *first.shape[1:]), (unit, *first.stride()[1:])))
+        if len(steps) != 1:
+            raise RuntimeError(f"The KV caches of different layers do not have the same distances: {sorted(steps)}.")
+        return cls(groups, *steps.pop(), caches)
+
+    def ids(self, tables: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Block ids [G, B, W], of loop g + 1, of vLLM's tables [B, W], one per loop."""
+        if len(set(self.groups)) > 1:
+            return torch.stack(list(tables))
+        table = tables[0]
+        away = torch.arange(len(self.groups), dtype=table.dtype, device=table.device) * self.per_loop
+        return table * self.per_block + away[:, None, None]
 
 
 def fold(cache: torch.Tensor, own: torch.Tensor, shared: torch.Tensor) -> None:

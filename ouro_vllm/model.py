@@ -30,7 +30,7 @@ from vllm.sequence import IntermediateTensors
 
 from ouro_vllm.attention import own_backend
 from ouro_vllm.config import OuroConfig
-from ouro_vllm.kv import LoopAttention, SharedAttention
+from ouro_vllm.kv import LoopAttention, SharedAttention, WavefrontAttention
 from ouro_vllm.options import OuroOptions
 from ouro_vllm.passes import LoopCaches, layer_name
 from ouro_vllm.sharing import AVERAGE
@@ -68,11 +68,11 @@ class OuroAttention(nn.Module):
         )
         heads, kv_heads = config.num_attention_heads // ranks, max(1, config.num_key_value_heads // ranks)
         self.sizes = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
-        # Loops have block tables of their own under speculation or sharing; otherwise all are in one plain KV group.
+        # Loops have block tables of their own under sharing; otherwise all are in one KV group.
         options = OuroOptions.of(vllm_config)
         kinds: list[type[Attention]] = [Attention] * loops
         if vllm_config.speculative_config is not None:
-            kinds = [LoopAttention] * (loops - 1) + [Attention]
+            kinds = [WavefrontAttention] * loops
         if options.shares:
             own = loops if options.kv_sharing == AVERAGE else loops - 1
             kinds = [LoopAttention] * own + [SharedAttention]
@@ -90,7 +90,7 @@ class OuroAttention(nn.Module):
                 attn_backend=backend,
             )
             if isinstance(attention, LoopAttention):
-                attention.loop, attention.window = loop, options.kv_window if options.shares else None
+                attention.loop, attention.window = loop, options.kv_window
             self.loops.append(attention)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Ouro's model runner where loops have block tables of their own (self-speculation, KV sharing): vLLM's V1 runner with
-passes of mixed depth, the wavefront.
+"""Ouro's model runner where rows of any loop share a pass (self-speculation, KV sharing): vLLM's V1 runner with the
+wavefront.
 
 What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     initialize_kv_cache: makes the machine for the passes.
@@ -14,13 +14,14 @@ on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -31,7 +32,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
 from ouro_vllm.attention import at_other_blocks, is_own
 from ouro_vllm.exits import ExitPick, chance
-from ouro_vllm.kv import groups_by_loop
+from ouro_vllm.kv import Pool
 from ouro_vllm.names import EXITS, PLUGIN
 from ouro_vllm.options import speculates
 from ouro_vllm.plain import PlainDepths
@@ -67,6 +68,7 @@ class LoopPasses(PlainDepths):
         self._committed = 0
         self._exits: dict[str, list[int]] = {}
         self._made: tuple[torch.Tensor | None, Any] = None, None  # metadata, and the lengths it was made for
+        self._latest: tuple[list[str], list[int], Step] | None = None  # bare step: its requests, their starts
 
     # The engine's start.
 
@@ -76,14 +78,17 @@ class LoopPasses(PlainDepths):
         if kwargs.get("is_profiling", False) or (args and args[0]):
             return
         names, options = self.get_model().layer_names, self._options
-        self._names = names[0]
         layers = self.compilation_config.static_forward_context
-        self._groups = groups_by_loop(self.kv_cache_config, names, layers)
+        self._pool = Pool.of(self.kv_cache_config, names, layers)
+        # A pass of mixed depth: loop 1's layers, which the compiled graph names, on the caches of all loops.
+        self._layers = {name: copy(layers[name]) for name in names[0]}
+        for layer, cache in zip(self._layers.values(), self._pool.caches, strict=True):
+            layer.bind_kv_cache(cache)
         self._attention = next(
             group for groups in self.attn_groups for group in groups if names[0][0] in group.layer_names
         )
         requests = self.scheduler_config.max_num_seqs
-        self._block_size = self.input_batch.block_table[self._groups[0]].block_size
+        self._block_size = self.input_batch.block_table[self._pool.groups[0]].block_size
         if options.shares:
             self._sharing = Sharing(options.kv_sharing, options.kv_window, self._block_size)
         machine = Passes(
@@ -97,7 +102,7 @@ class LoopPasses(PlainDepths):
             choose=self._choose,
             loops=self._loops,
             sharing=self._sharing,
-            caches=[layers[name].kv_cache for name in self._names] if options.kv_sharing == AVERAGE else (),
+            caches=self._pool.caches if options.kv_sharing == AVERAGE else (),
             kernels=is_own(self._attention.backend),
         )
         window = options.kv_window if options.shares else None
@@ -118,7 +123,7 @@ class LoopPasses(PlainDepths):
                 break
             rows = [(0, Row(0, 0, slot)) for slot in range(size)]
             for number in range(TIMED):
-                tables = torch.zeros(len(self._groups), 1, 1, dtype=torch.int32, device=self.device)
+                tables = torch.zeros(len(self._pool.groups), 1, 1, dtype=torch.int32, device=self.device)
                 machine.step = Step(tables, prompts=[1])
                 began = perf_counter()
                 machine.run(rows, [], (), 0)
@@ -136,6 +141,8 @@ class LoopPasses(PlainDepths):
             for request in lost:
                 self._waves.forget(request)
                 self._lookups.pop(request, None)
+            if lost:
+                self._latest = None
         for request in scheduler_output.finished_req_ids:
             self._watches.pop(request, None)
         for new in scheduler_output.scheduled_new_reqs:
@@ -223,7 +230,7 @@ class LoopPasses(PlainDepths):
             layout += range(where + count - claimed, where + count)
             where += count
         stages = self._stages(chunks, flights=not self._bare)
-        fresh, ends = self._step(), []
+        fresh, ends = self._onward(starts) or self._step(), []
         for number, stage in enumerate(stages, start=1):
             machine.step = step = replace(fresh)
             if stage:
@@ -234,7 +241,9 @@ class LoopPasses(PlainDepths):
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
         if self._bare and len(stages) == 1:
+            self._latest = list(batch.req_ids), starts, step
             return step.chunks_read
+        self._latest = None
         kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
             return kept
@@ -352,19 +361,28 @@ class LoopPasses(PlainDepths):
     def _limit(self, index: int, flight: Flight, state: Any) -> None:
         """How far rows may run ahead of what is committed: allocated slots, the answer's length, its end."""
         params, batch = state.sampling_params, self.input_batch
-        blocks = min(int(batch.block_table[group].num_blocks_per_row[index]) for group in self._groups)
+        blocks = min(int(batch.block_table[group].num_blocks_per_row[index]) for group in set(self._pool.groups))
         flight.end = min(blocks * self._block_size, self.max_model_len)
         if params.max_tokens is not None:
             flight.end = min(flight.end, state.num_prompt_tokens + params.max_tokens - 1)
         # Not all_stop_token_ids, which names the end of sequence also where it is ignored.
         flight.stops = frozenset((params.eos_token_id, *(params.stop_token_ids or ())))
 
+    def _onward(self, starts: list[int]) -> Step | None:
+        """For the passes of a bare step that follows one of the same requests, each a token further on."""
+        if not self._bare or self._latest is None:
+            return None
+        requests, before, step = self._latest
+        if requests != self.input_batch.req_ids or any(new != old + 1 for new, old in zip(starts, before, strict=True)):
+            return None
+        return self._waves.machine.onward(step)
+
     def _step(self) -> Step:
         """For the passes of this step: block ids [R, B, W] of its batch, W the most blocks any request has."""
-        tables = [self.input_batch.block_table[group] for group in self._groups]
+        tables = [self.input_batch.block_table[group] for group in self._pool.groups]
         requests = self.input_batch.num_reqs
-        width = max(int(table.num_blocks_per_row[:requests].max()) for table in tables)
-        ids = torch.stack([table.get_device_tensor(requests)[:, :width] for table in tables])
+        width = max(int(table.num_blocks_per_row[:requests].max()) for table in dict.fromkeys(tables))
+        ids = self._pool.ids([table.get_device_tensor(requests)[:, :width] for table in tables])
         return Step(ids, [self.requests[request].num_prompt_tokens for request in self.input_batch.req_ids])
 
     def _one_pass(self, positions: torch.Tensor, hidden: torch.Tensor, common: CommonAttentionMetadata) -> torch.Tensor:
@@ -379,13 +397,14 @@ class LoopPasses(PlainDepths):
             slots = torch.nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID)
         metadata = self._metadata(common)
         with set_forward_context(
-            dict.fromkeys(self._names, metadata),
+            dict.fromkeys(self._layers, metadata),
             self.vllm_config,
             num_tokens=batch.num_tokens,
             cudagraph_runtime_mode=mode,
             batch_descriptor=batch,
-            slot_mapping=dict.fromkeys(self._names, slots),
+            slot_mapping=dict.fromkeys(self._layers, slots),
         ):
+            get_forward_context().no_compile_layers = self._layers
             return self.get_model().model(positions, hidden)[:rows]
 
     def _metadata(self, common: CommonAttentionMetadata) -> Any:

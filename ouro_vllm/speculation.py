@@ -60,17 +60,17 @@ def check_passes(vllm_config: "VllmConfig", known_platform: bool, what: str, set
             raise ValueError(f"{flag}: not with {what}, where {why}. Start without one of the two.")
     if scheduler.scheduler_cls is not None:
         raise ValueError(f"--scheduler-cls: {what} brings its own scheduler. Start without the flag.")
-    if scheduler.disable_hybrid_kv_cache_manager:
-        raise ValueError(
-            f"--disable-hybrid-kv-cache-manager: {what} keeps one KV group per loop step, which needs the hybrid "
-            "manager. Start without the flag."
-        )
 
 
 def check_sharing(vllm_config: "VllmConfig", known_platform: bool, options: OuroOptions) -> None:
     """Raises ValueError, naming setting and mend, where `kv_sharing` cannot work. Chooses scheduling that can."""
     setting = f"--additional-config: `{PLUGIN}.kv_sharing`"
     check_passes(vllm_config, known_platform, "KV sharing", setting)
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            "--disable-hybrid-kv-cache-manager: KV sharing keeps one KV group per loop step, which needs the hybrid "
+            "manager. Start without the flag."
+        )
     if options.kv_sharing == AVERAGE and vllm_config.cache_config.cache_dtype.startswith("fp8"):
         raise ValueError(
             f"{setting}: a mean of quantised keys and values loses what little precision they have. Start without "

@@ -9,7 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ouro_vllm.kv import LoopManager, LoopSpec, SharedManager, SharedSpec, decoding_capacity, fold
+from ouro_vllm.kv import (
+    LoopManager,
+    LoopSpec,
+    SharedManager,
+    SharedSpec,
+    WavefrontManager,
+    WavefrontSpec,
+    decoding_capacity,
+    fold,
+)
 from ouro_vllm.options import OptionError, OuroOptions
 from ouro_vllm.sharing import LAST, Sharing
 
@@ -87,15 +96,19 @@ BLOCK = 32
 SIZES = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 16, "dtype": torch.float32}
 
 
-class Pool:
-    """A pool of blocks, and managers of R groups over it, as vLLM's coordinator makes them."""
+class Blocks:
+    """A pool of blocks, and managers of R groups over it, as vLLM's coordinator makes them; without a window of the one
+    group of a server whose loops share nothing."""
 
     def __init__(self, window: int | None, blocks: int = 4000) -> None:
         from vllm.v1.core.block_pool import BlockPool
 
         self.pool = BlockPool(blocks, enable_caching=True, hash_block_size=BLOCK)
-        specs = [LoopSpec(loop=loop, window=window, **SIZES) for loop in (1, 2, 3)] + [SharedSpec(**SIZES)]
-        kinds = [LoopManager] * 3 + [SharedManager]
+        specs, kinds = [WavefrontSpec(**SIZES)], [WavefrontManager]
+        if window is not None:
+            specs = [LoopSpec(loop=loop, window=window, **SIZES) for loop in (1, 2, 3)] + [SharedSpec(**SIZES)]
+            kinds = [LoopManager] * 3 + [SharedManager]
+        self.loops = 4 // len(specs)  # in one block
         self.managers = [
             kind(spec, self.pool, enable_caching=True, kv_cache_group_id=number, scheduler_block_size=BLOCK)
             for number, (kind, spec) in enumerate(zip(kinds, specs, strict=True))
@@ -108,13 +121,14 @@ class Pool:
             manager.allocate_new_blocks(request, tokens + 1 + ahead, tokens + 1)
 
     def held(self) -> int:
-        return self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
+        """In blocks of one loop."""
+        return self.loops * (self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks())
 
 
 @pytest.mark.parametrize("window", [3, 31, 32, 33, 128, 256])
 def test_what_is_read_is_held_and_little_else(window):
     """Through a long answer: every block some row reads is there, and what is held stays within the stated bound."""
-    prompt, ahead, pool = random.Random(window).randint(1, 200), 11, Pool(window)
+    prompt, ahead, pool = random.Random(window).randint(1, 200), 11, Blocks(window)
     rule = Sharing(LAST, window, BLOCK)
     for manager in pool.managers:
         manager.allocate_new_blocks("a", prompt + ahead, prompt)
@@ -134,7 +148,7 @@ def test_what_is_read_is_held_and_little_else(window):
 def test_a_quarter_of_the_memory_at_8192_tokens(window):
     held = {}
     for size in (None, window):
-        pool = Pool(size)
+        pool = Blocks(size)
         for manager in pool.managers:
             manager.allocate_new_blocks("a", 32, 32)
         for tokens in range(32, 8192, 16):
@@ -147,7 +161,7 @@ def test_the_log_line_reckons_with_what_is_held():
     """So many requests of that length really fit, and not one more."""
     context, window, ahead, blocks = 1000, 64, 11, 500
     fit = decoding_capacity(blocks, BLOCK, context, window, ahead, windowed=3) // context
-    pool = Pool(window, blocks + 1)
+    pool = Blocks(window, blocks + 1)
     for number in range(fit):
         for manager in pool.managers:
             manager.allocate_new_blocks(f"{number}", 32, 32)
@@ -160,7 +174,7 @@ def test_requests_that_decode_together():
     """Prompts of 256 tokens, answers of 3,840, window 128: at least 3.2 times as many fit as without sharing."""
     prompt, context, most = 256, 4096, {}
     for window in (None, 128):
-        pool = Pool(window)
+        pool = Blocks(window)
         for manager in pool.managers:
             manager.allocate_new_blocks("a", prompt, prompt)
         peak = pool.held()
@@ -173,7 +187,7 @@ def test_requests_that_decode_together():
 
 def test_only_prompts_are_published():
     """Whatever number of tokens vLLM offers."""
-    for manager in Pool(64).managers:
+    for manager in Blocks(64).managers:
         offered = []
         manager.block_pool = SimpleNamespace(
             cache_full_blocks=lambda offered=offered, **given: offered.append(given["num_full_blocks"]),
@@ -186,7 +200,7 @@ def test_only_prompts_are_published():
 
 
 def manager_of(window: int, blocks: int):
-    """vLLM's whole KV manager over groups as `Pool` has them, with events."""
+    """vLLM's whole KV manager over groups as `Blocks` has them, with events."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
@@ -275,7 +289,7 @@ def test_the_usage_falls_when_a_prompt_is_done():
 
 
 def test_a_request_that_comes_back_is_let_in_by_what_it_can_hold():
-    manager = Pool(64).managers[0]
+    manager = Blocks(64).managers[0]
     manager.requests, manager.most_tokens = {"a": SimpleNamespace(num_prompt_tokens=100)}, 256
     asked = {"new_computed_blocks": [], "total_computed_tokens": 0, "num_local_computed_tokens": 0}
     whole = manager.get_num_blocks_to_allocate("a", 6400, num_tokens_main_model=6400, **asked)

@@ -78,7 +78,11 @@ def test_speculative_config_that_makes_no_sense(configured, speculative, named):
             "`ouro.speculation` is 'ngram'.*\"draft-verify\"",
         ),
         ({}, {"additional_config": {"ouro": {"speculation": ["wavefront"]}}}, r"`ouro.speculation` is \['wavefront'\]"),
-        ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager.*Start without"),
+        (
+            {},
+            {"additional_config": {"ouro": {"kv_sharing": "last"}}, "disable_hybrid_kv_cache_manager": True},
+            "--disable-hybrid-kv-cache-manager: KV sharing.*Start without",
+        ),
         ({}, {"enable_lora": True}, "--enable-lora.*Start without one of the two"),
         ({}, {"enable_prompt_embeds": True}, "--enable-prompt-embeds.*Start without one of the two"),
         ({}, {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls 'vllm.v1.worker.*Start without"),

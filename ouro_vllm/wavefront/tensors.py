@@ -1,14 +1,14 @@
 """Runs the passes of `waves` on vLLM's model, KV cache and attention.
 
-Rows of every depth go through one attention call per layer: the KV groups of all loops share one pool of blocks, so a
-row's loop shows only in the block ids it is given (see `ouro_vllm.kv`). Where loops share older keys and values, a
+Rows of every depth go through one attention call per layer: the caches of all loops are one pool of blocks, so a row's
+loop shows only in the block ids it is given (see `ouro_vllm.kv`). Where loops share older keys and values, a
 row's table is put together from two: shared blocks before its window, its own loop's from there on (see
 `ouro_vllm.sharing`).
 A row is a sequence of one query to the attention backend; a chunk is a sequence of many.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,12 @@ class Layout:
     before: torch.Tensor | None
     sequence: torch.Tensor
     fields: dict[str, Any]
+
+    def onward(self) -> "Layout":
+        """Of the same sequences one position on, each of one token, in the same blocks."""
+        moved = {name: self.fields[name] + 1 for name in ("seq_lens", "seq_lens_cpu_upper_bound", "positions")}
+        fields = dict(self.fields, **moved, max_seq_len=self.fields["max_seq_len"] + 1)
+        return replace(self, ends=[end + 1 for end in self.ends], fields=fields)
 
 
 @dataclass
@@ -148,6 +154,23 @@ class Passes:
             places = torch.tensor([[rows[number][1].slot for number in gone], gone]).to(self.device)
             self.departed[places[0]] = output[places[1]]
         return tokens
+
+    def onward(self, step: Step) -> Step | None:
+        """The step behind one of chunks of one token each, if all of its requests and nobody else go on.
+
+        None where a sequence gets to another block, or its window does.
+        """
+        if step.lockstep is None:
+            return None
+        layout, table, written = step.lockstep
+        if layout.fields["max_query_len"] > 1:
+            return None
+        for index, end, start in zip(layout.lanes, layout.ends, layout.starts_at, strict=True):
+            if end % self.block_size == 0:
+                return None
+            if self.sharing is not None and self.sharing.start(end, step.prompts[index]) != start:
+                return None
+        return Step(step.tables, step.prompts, lockstep=(layout.onward(), table, written + 1))
 
     def _layout(self, rows: Sequence[tuple[int, Row]], chunks: Sequence[Chunk]) -> Layout:
         """Of rows and chunks, in this order."""
