@@ -188,6 +188,46 @@ def test_waiting_for_requests_takes_nobody_s_time():
     assert all(seconds < 1 for laps in contest.laps for seconds in laps) and len(contest.laps[False])
 
 
+def test_one_lucky_trial_of_drafting_is_not_enough():
+    server = Server(Pacer(4, 8), drafting=2e-3, plain=1e-3)
+    for _ in range(4 * LOOK):
+        server.step(8)
+    (contest,) = server.pacer.contests.values()
+    assert contest.plain
+    while not contest.won:
+        server.drafting = 0.5e-3 if contest.trying else 2e-3
+        server.step(8)
+    began = len(server.steps)
+    for _ in range(4 * LOOK):
+        server.drafting = 2e-3
+        server.step(8)
+        assert contest.plain
+    assert 0 < server.steps[began : began + LOOK].count(False) <= 2 * LAPS[False]  # it was tried once more, soon
+
+
+def test_trials_lose_their_share_of_the_steps_time():
+    """Of a server that waits for requests most of the time, too."""
+    server = Server(Pacer(4, 8), drafting=1.4e-3, plain=1e-3)
+    for _ in range(10 * LOOK):
+        server.step(8)
+    lost = worked = 0.0
+    for number in range(400 * LOOK):
+        before, tokens = server.now, server.tokens
+        server.step(8, fresh=8 if number % 16 == 0 else 0, busy=number % 16 != 15)
+        worked += server.now - before
+        lost += server.now - before - 1e-3 * (server.tokens - tokens)
+        server.now += 100.0 * (number % 16 == 15)
+    assert 0 < lost < 0.02 * worked
+
+
+def test_larger_batches_begin_where_smaller_ones_stand():
+    server = Server(Pacer(4, 8), drafting=2e-3, plain=1e-3)
+    for _ in range(4 * LOOK):
+        server.step(8)
+    assert server.step(16).plain and server.step(12).plain
+    assert not server.step(4).plain and not server.step(16, drawn=True).plain
+
+
 def test_a_trial_that_clearly_loses_is_short():
     """Two steps that are measured, the one before them, and the one that verifies drafts; six if it is close."""
     most = {}
@@ -196,7 +236,7 @@ def test_a_trial_that_clearly_loses_is_short():
         paces = [server.step(8).plain for _ in range(8 * LOOK)]
         runs = "".join("p" if one else " " for one in paces).split()
         most[plain] = max(map(len, runs))
-    assert most[2e-3] <= 4 < LAPS < most[1.2e-3]
+    assert most[2e-3] <= 4 < LAPS[True] < most[1.2e-3]
 
 
 def test_no_plain_steps_where_something_is_fixed():

@@ -123,7 +123,7 @@ def notes(figures: dict[str, Any]) -> str:
     sizes = figures["requests"]
     least, most = min(sizes, key=int), max(sizes, key=int)
     said = [
-        f"Rounds: {figures['rounds']}, the modes in turn in each. At batch b at most b requests at once, a new one as "
+        f"Rounds: {figures['rounds']}, the modes in turn, every other round backwards. At batch b at most b requests at once, a new one as "
         f"soon as one is done, {sizes[least]} in all at batch {least} and {sizes[most]} at batch {most}, of "
         f"{figures['tokens']} tokens on average, from half to half as many again; until these are done others take the "
         "places that get free, and what those are given counts, too. "

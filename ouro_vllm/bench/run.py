@@ -172,7 +172,8 @@ def start_message(plan: Plan, mode: str, prompts: list[str]) -> dict[str, Any]:
 def alternate(
     plan: Plan, children: dict[str, Child], batch: int, temperature: float, reference: list[list[int]]
 ) -> dict[str, list[Measurement]]:
-    """All rounds at one batch size, the modes in turn; the round that warms up is not among them.
+    """All rounds at one batch size, the modes in turn, every other round backwards, so that a machine that gets slower
+    or faster favours none; the round that warms up is not among them.
 
     reference: plain's first answers of the series, filled in here at the smallest batch size. Plain is compared with
     these, which shows what batching alone changes; the others with plain in the same round.
@@ -181,14 +182,12 @@ def alternate(
     rounds: dict[str, list[Measurement]] = {mode: [] for mode in order}
     question = {"measure": {"batch": batch, "requests": plan.requests(batch), "temperature": temperature}}
     for number in range(plan.rounds + 1):
-        base: list[list[int]] = []
-        said = []
+        answers = {mode: children[mode].ask(question) for mode in order[:: -1 if number % 2 else 1]}
+        base, said = answers[BASE]["outputs"], []
+        reference += [] if reference else base
         for mode in order:
-            answer = children[mode].ask(question)
-            one, outputs = Measurement(**answer["measurement"]), answer["outputs"]
-            reference += [] if reference else outputs
-            base = base or outputs
-            one.compare(outputs, reference if mode == BASE else base)
+            one = Measurement(**answers[mode]["measurement"])
+            one.compare(answers[mode]["outputs"], reference if mode == BASE else base)
             if number:
                 rounds[mode].append(one)
             said.append(f"{mode} {one.rate:.1f}")

@@ -8,7 +8,7 @@ so the best choice depends on the machine, the model and the batch.
 
 Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
 promise to be kept. Whichever of the two is not in use runs a few steps now and then, and takes over once it gives
-tokens faster, drafting by `MARGIN` at least. Pure Python.
+tokens faster, drafting by `MARGIN` at least and twice in a row. Pure Python.
 """
 
 from collections import deque
@@ -25,12 +25,13 @@ SAVED = 0.7  # passes that a right lookup saves: 0.72 on the bundled checkpoint 
 GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
 MOST_TIMED = 64  # rows in the largest pass timed at the start
-LAPS = 6  # steps that a trial of plain steps, or of drafting, is to measure
-FIRST = 12  # steps until the first trial
+LAPS = 3, 6  # steps that a trial of drafting, or of plain steps, is to measure: drafting ones are of many passes
+FIRST = 6  # steps until the first trial
+SECOND = 8  # steps between two trials of drafting, of which it won the first
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
 MARGIN = 0.05  # drafting must promise this much to be taken up; plain steps are the promise, and need nothing
 SHARE = 0.01  # of the time may be lost to trials
-LONGEST_REST = 60.0  # seconds without a trial, at most
+LONGEST_REST = 60.0  # seconds of steps without a trial, at most
 
 
 @dataclass(frozen=True)
@@ -153,23 +154,24 @@ class Contest:
     """Plain steps against drafting, for batches of one kind.
 
     plain: what is in use, as long as no trial runs. laps: of (drafting, plain) steps the latest, seconds per token.
+    clock: seconds of all steps so far. On no other clock is what trials lose a share of the time: a server may wait.
     """
 
-    def __init__(self) -> None:
-        self.plain, self.trying = False, False
-        self.laps: tuple[deque[float], deque[float]] = deque(maxlen=2 * LAPS), deque(maxlen=2 * LAPS)
+    def __init__(self, plain: bool) -> None:
+        self.plain, self.trying, self.won = plain, False, False
+        self.laps: tuple[deque[float], deque[float]] = deque(maxlen=2 * max(LAPS)), deque(maxlen=2 * max(LAPS))
         self.left, self.rest = FIRST, 0.0  # steps, and a time, until the trial begins; or steps until it ends
-        self.now, self.began, self.measured, self.tokens = 0.0, 0.0, 0, 0
+        self.clock, self.began, self.measured, self.tokens = 0.0, 0.0, 0, 0
 
-    def decide(self, now: float) -> bool:
+    def decide(self) -> bool:
         """Whether the next step is plain."""
-        self.now, self.left = now, self.left - 1
+        self.left -= 1
         if self.left <= 0:
             if self.trying:  # too many steps had prompts in them
                 self._end()
-            elif now >= self.rest and len(self.laps[self.plain]) >= LAPS:
+            elif self.clock >= self.rest and len(self.laps[self.plain]) >= LAPS[self.plain]:
                 self.trying, self.measured, self.tokens = True, 0, 0
-                self.began, self.left = now, 4 * LAPS
+                self.began, self.left = self.clock, 4 * LAPS[not self.plain]
         return self.plain != self.trying
 
     def lap(self, plain: bool, seconds: float, tokens: int) -> None:
@@ -180,19 +182,23 @@ class Contest:
             self.tokens += tokens
             tried = list(self.laps[plain])[-self.measured :]
             clear = self.measured > 1 and median(tried) > CLEAR * median(self.laps[self.plain])
-            if clear or self.measured == LAPS:
+            if clear or self.measured == LAPS[plain]:
                 self._end()
 
     def _end(self) -> None:
         """The trial is over: see whether the other one takes over. What it lost is not to be lost again soon."""
         tried, used = self.laps[not self.plain], self.laps[self.plain]
-        self.trying, self.left = False, LOOK
+        before, laps = self.won, LAPS[not self.plain]
         bar = (1 - MARGIN if self.plain else 1.0) * median(used)
-        if self.measured == LAPS and median(list(tried)[-LAPS:]) < bar:
-            self.plain, self.rest = not self.plain, 0.0
+        self.won = self.measured == laps and median(list(tried)[-laps:]) < bar
+        self.trying, self.left, self.rest = False, LOOK, 0.0
+        if self.won and (before or not self.plain):
+            self.plain, self.won = not self.plain, False
+        elif self.won:
+            self.left = SECOND
         else:
-            lost = self.now - self.began - self.tokens * median(used)
-            self.rest = self.now + min(lost / SHARE, LONGEST_REST)
+            lost = self.clock - self.began - self.tokens * median(used)
+            self.rest = self.clock + min(lost / SHARE, LONGEST_REST)
 
 
 @dataclass
@@ -264,25 +270,38 @@ class Pacer:
 
         lanes, hurry: see `decide`. prompts, fresh: see `Lap`.
         """
-        contest = self.contests.setdefault((bucket(lanes), drawn), Contest()) if lanes else Contest()
+        contest = self._contest(lanes, drawn)
         # Nobody goes on from the step before: that may have been long ago.
         last = self.last = self.lap if lanes > fresh else None
         if last is not None:
             last.seconds = now - last.began
+            last.contest.clock += last.seconds
             if last.plain and last.counts:
                 self._plain_lap(last)
-        self.plain = self.contested and self.fixed is None and lanes > 0 and contest.decide(now)
+        self.plain = self.contested and self.fixed is None and lanes > 0 and contest.decide()
         pace = Pace(self.loops, 0, plain=True) if self.plain else self.decide(lanes, hurry)
         counts = last is not None and last.plain == pace.plain and not hurry
         self.lap = Lap(now, contest, pace.plain, counts, prompts, fresh)
         return pace
+
+    def _contest(self, lanes: int, drawn: bool) -> Contest:
+        """Of batches of this kind. A new one begins as the one of the next smaller batches stands: drafting gains less
+        the more requests there are."""
+        if not lanes:  # prompts alone: nothing to contest
+            return Contest(plain=False)
+        size = bucket(lanes)
+        if (size, drawn) not in self.contests:
+            smaller = [other for other, same in self.contests if same == drawn and other < size]
+            plain = bool(smaller) and self.contests[max(smaller), drawn].plain
+            self.contests[size, drawn] = Contest(plain)
+        return self.contests[size, drawn]
 
     def _plain_lap(self, lap: Lap) -> None:
         """What is beyond a usual step is the cost of the prompts in it."""
         usual = lap.contest.laps[True]
         if not lap.prompts:
             lap.contest.lap(True, lap.seconds / lap.committed, lap.committed)
-        elif len(usual) >= LAPS:
+        elif len(usual) >= LAPS[True]:
             beyond = lap.seconds - lap.committed * median(usual)
             self.prompt_seconds.append(max(0.0, beyond) / lap.prompts)
 
