@@ -2,10 +2,11 @@
 
 Rows of any loop go through one attention call on one cache tensor per physical layer, so block ids alone have to tell
 the loops apart. vLLM puts layers of equal specs into one group with one block table, and the caches of all layers into
-one allocation, at regular distances (vllm/v1/kv_cache_interface.py, `KVCacheTensor`). So without sharing all loops are in one group, as
-in plain decoding, and the ids of a loop follow from its distance (`Pool`). Under sharing loops free blocks apart from
-each other: each has a spec of its own and so a group of its own, and the caches of a layer's loops are the same bytes
-(vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_uniform_page_size`, `get_kv_cache_config_from_groups`).
+one allocation, at regular distances (vllm/v1/kv_cache_interface.py, `KVCacheTensor`). So without sharing all loops are
+in one group, as in plain decoding, and the ids of a loop follow from its distance (`Pool`). Under sharing loops free
+blocks apart from each other: each has a spec of its own and so a group of its own, and the caches of a layer's loops
+are the same bytes (vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_uniform_page_size`,
+`get_kv_cache_config_from_groups`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -189,7 +190,8 @@ class Pool:
                 if away or other.stride() != first.stride() or own != (distance == 0):
                     raise RuntimeError(
                         f"The KV caches of {same[0]} and {same[number]} do not stand at a regular distance, "
-                        "which self-speculation and KV sharing need. Start without VLLM_KV_CACHE_LAYOUT, or without both."
+                        "which self-speculation and KV sharing need. Start without VLLM_KV_CACHE_LAYOUT, or without "
+                        "these."
                     )
             unit = gcd(first.stride(0), distance)
             per_block, per_loop = first.stride(0) // unit, distance // unit

@@ -188,7 +188,7 @@ def test_waiting_for_requests_takes_nobody_s_time():
     assert all(seconds < 1 for laps in contest.laps for seconds in laps) and len(contest.laps[False])
 
 
-def test_one_lucky_trial_of_drafting_is_not_enough():
+def test_one_lucky_trial_is_not_enough():
     server = Server(Pacer(4, 8), drafting=2e-3, plain=1e-3)
     for _ in range(4 * LOOK):
         server.step(8)

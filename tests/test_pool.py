@@ -14,6 +14,8 @@ from ouro_vllm.kv import LoopSpec, Pool, SharedSpec, WavefrontSpec
 LAYERS, LOOPS, BLOCKS = 3, 4, 7
 SIZES = {"block_size": 32, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
 NAMES = [[f"layers.{loop * LAYERS + layer}.attn" for layer in range(LAYERS)] for loop in range(LOOPS)]
+BY_LAYER = [name for same in zip(*NAMES, strict=True) for name in same]
+BY_LOOP = [name for names in NAMES for name in names]
 
 
 def laid_out(groups, layout):
@@ -38,10 +40,9 @@ def laid_out(groups, layout):
 
 
 @pytest.mark.parametrize("layout", KVCacheLayout, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("by_layer", [True, False])
-def test_every_loop_is_found_in_any_layout(layout, by_layer):
+@pytest.mark.parametrize("order", [BY_LAYER, BY_LOOP])
+def test_every_loop_is_found_in_any_layout(layout, order):
     """In whatever order vLLM lists the layers, with its blocks cut into the kernel's."""
-    order = [name for same in zip(*NAMES, strict=True) for name in same] if by_layer else sum(NAMES, [])
     config, layers = laid_out([KVCacheGroupSpec(order, WavefrontSpec(**SIZES))], layout)
     pool = Pool.of(config, NAMES, layers)
     blocks = layers[NAMES[0][0]].kv_cache.shape[0]
@@ -70,7 +71,7 @@ def test_groups_of_their_own_lie_over_one_another():
 
 
 def test_caches_at_other_distances_are_refused():
-    config, layers = laid_out([KVCacheGroupSpec(sum(NAMES, []), FullAttentionSpec(**SIZES))], KVCacheLayout.LBHNC)
+    config, layers = laid_out([KVCacheGroupSpec(BY_LOOP, FullAttentionSpec(**SIZES))], KVCacheLayout.LBHNC)
     layers[NAMES[2][1]].kv_cache = layers[NAMES[2][2]].kv_cache
     with pytest.raises(RuntimeError, match=f"{NAMES[0][1]} and {NAMES[2][1]} do not stand.*Start without"):
         Pool.of(config, NAMES, layers)
@@ -78,8 +79,7 @@ def test_caches_at_other_distances_are_refused():
 
 def test_loops_that_lost_their_groups_are_refused():
     """Caches that are the same bytes need tables that differ, and the other way round."""
-    order = [name for same in zip(*NAMES, strict=True) for name in same]
-    config, layers = laid_out([KVCacheGroupSpec(order, WavefrontSpec(**SIZES))], KVCacheLayout.LBHNC)
+    config, layers = laid_out([KVCacheGroupSpec(BY_LAYER, WavefrontSpec(**SIZES))], KVCacheLayout.LBHNC)
     for same in zip(*NAMES, strict=True):
         for name in same:
             layers[name].kv_cache = layers[same[0]].kv_cache

@@ -387,6 +387,27 @@ def test_plain_steps_between_drafting_ones(plain, swift, bank, monkeypatch, seed
     assert_idle(swift)
 
 
+def test_prompts_that_have_a_step_to_themselves_run_as_in_plain_decoding(swift, bank, monkeypatch):
+    """Nothing is in flight beside them, and drafts follow behind their first tokens."""
+    runner, ran = runner_of(swift), []
+    forward = runner._wave_forward
+    monkeypatch.setattr(
+        runner, "_wave_forward", lambda *args, **more: ran.append(runner._bare) or forward(*args, **more)
+    )
+    monkeypatch.setattr(scheduler_of(swift).pacer, "contested", False)
+    steps = []
+
+    def watch(step):
+        steps.append((len(ran), sum(len(request.spec_token_ids) for request in scheduler_of(swift).running)))
+
+    pairs = bank[40:43]
+    assert serve(swift, [(0, ids, params(max_tokens=12)) for ids, _ in pairs], watch) == [
+        answer[:12] for _, answer in pairs
+    ]
+    assert steps[0][0] == 0 and steps[0][1] > 0
+    assert steps[1][0] == 1 and not any(ran)
+
+
 def test_who_needs_rows_ahead_has_no_plain_steps(plain, swift, bank, monkeypatch):
     """The gate's rows go on behind their exits, anytime requests show what early loops say: their steps draft on."""
     steps = plain_now_and_then(swift, monkeypatch, seed=3)

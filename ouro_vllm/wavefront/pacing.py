@@ -7,8 +7,8 @@ Rows are nearly free while a pass is bound by reading weights and cost time in p
 so the best choice depends on the machine, the model and the batch.
 
 Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
-promise to be kept. Whichever of the two is not in use runs a few steps now and then, and takes over once it gives
-tokens faster, drafting by `MARGIN` at least and twice in a row. Pure Python.
+promise to be kept. Whichever of the two is not in use runs a few steps now and then, and takes over once it gave
+tokens faster twice in a row, drafting by `MARGIN` at least. Pure Python.
 """
 
 from collections import deque
@@ -27,7 +27,7 @@ LOOK = 64  # steps between looks at how another entry does
 MOST_TIMED = 64  # rows in the largest pass timed at the start
 LAPS = 3, 6  # steps that a trial of drafting, or of plain steps, is to measure: drafting ones are of many passes
 FIRST = 6  # steps until the first trial
-SECOND = 8  # steps between two trials of drafting, of which it won the first
+SECOND = 8  # steps between two trials, if the first was won
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
 MARGIN = 0.05  # drafting must promise this much to be taken up; plain steps are the promise, and need nothing
 SHARE = 0.01  # of the time may be lost to trials
@@ -192,7 +192,7 @@ class Contest:
         bar = (1 - MARGIN if self.plain else 1.0) * median(used)
         self.won = self.measured == laps and median(list(tried)[-laps:]) < bar
         self.trying, self.left, self.rest = False, LOOK, 0.0
-        if self.won and (before or not self.plain):
+        if self.won and before:
             self.plain, self.won = not self.plain, False
         elif self.won:
             self.left = SECOND
