@@ -28,6 +28,7 @@ READS = {
     "vllm.engine.protocol.EngineClient": "vllm_config",
     "vllm.envs": "VLLM_CPU_KVCACHE_SPACE VLLM_PLUGINS VLLM_USE_V2_MODEL_RUNNER",
     "vllm.forward_context.ForwardContext": "attn_metadata no_compile_layers slot_mapping",
+    "vllm.model_executor.layers.attention_layer_base.AttentionLayerBase": "bind_kv_cache",
     "vllm.model_executor.layers.rotary_embedding.RotaryEmbedding": "",
     "vllm.model_executor.models.interfaces.SupportsQuant": "quant_config",
     "vllm.platforms.interface.Platform": "device_type get_device_name import_kernels is_cpu",
@@ -46,6 +47,8 @@ READS = {
     "vllm.v1.core.sched.scheduler.Scheduler": "dynamic_sd_lookup log_stats make_stats num_lookahead_tokens "
     "num_spec_tokens requests schedule scheduler_config update_from_output",
     "vllm.v1.metrics.stats.SchedulerStats": "kv_connector_stats",
+    "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_tensors num_blocks",
+    "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "layer_names",
     "vllm.v1.worker.block_table.BlockTable": "block_size get_device_tensor num_blocks_per_row",
     "vllm.v1.worker.gpu_input_batch.CachedRequestState": "num_prompt_tokens sampling_params",
     "vllm.v1.worker.gpu_input_batch.InputBatch": "block_table generators num_computed_tokens_cpu num_reqs "
@@ -67,7 +70,7 @@ STANDS_FOR = {
     "vllm.model_executor.models.interfaces_base.VllmModelForTextGeneration": "compute_logits",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "_build_attention_metadata _get_spec_decode_draft_probs "
     "_input_fits_in_drafter _model_forward _sample _update_states execute_model initialize_kv_cache "
-    "propose_draft_token_ids sample_tokens take_draft_token_ids",
+    "propose_draft_token_ids sample_tokens shutdown take_draft_token_ids",
 }
 # Functions whose inside the plugin relies on.
 INSIDES = {
@@ -88,6 +91,7 @@ INSIDES = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "execute_model sample_tokens _prepare_inputs _update_states "
     "_bookkeeping_sync",
     "vllm.v1.worker.cpu_worker.CPUWorker": "init_device",
+    "vllm.v1.worker.utils": "allocate_kv_cache",
     "vllm.tokenizers.registry": "get_tokenizer resolve_tokenizer_args",
 }
 UNWRITTEN = {"", "bases", "__init__", "__call__", "forward", "forward_native"}  # used without the name being written

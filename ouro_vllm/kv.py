@@ -174,12 +174,20 @@ class Pool:
         """names: attention layers per loop; layers: vLLM's attention layers by name, with their caches.
 
         Raises:
+            ValueError: attention cuts vLLM's blocks into smaller ones, which would be found elsewhere.
             RuntimeError: the loops of a layer do not stand at regular distances, as mixed-depth passes need it.
         """
         group_of = {name: number for number, group in enumerate(config.kv_cache_groups) for name in group.layer_names}
         groups = [group_of[loop[0]] for loop in names]
         if any(group_of[name] != group for loop, group in zip(names, groups, strict=True) for name in loop):
             raise RuntimeError(f"vLLM did not keep the layers of a loop in one KV group: {group_of}.")
+        block = config.kv_cache_groups[groups[0]].kv_cache_spec.block_size
+        cut = layers[names[0][0]].kv_cache.shape[2]
+        if cut != block:
+            raise ValueError(
+                f"--block-size {block}: the attention backend works on blocks of {cut} tokens, and self-speculation "
+                f"and KV sharing need the same ones everywhere. Start with --block-size {cut}."
+            )
         own = len(set(groups)) == len(names)
         steps, caches = set(), []
         for same in zip(*names, strict=True):
@@ -187,11 +195,12 @@ class Pool:
             distance = (others[0].data_ptr() - first.data_ptr()) // first.element_size() if others else 0
             for number, other in enumerate(others, start=1):
                 away = other.data_ptr() - first.data_ptr() - number * distance * first.element_size()
-                if away or other.stride() != first.stride() or own != (distance == 0):
+                alike = (other.dtype, other.shape, other.stride()) == (first.dtype, first.shape, first.stride())
+                if away or not alike or own != (distance == 0):
                     raise RuntimeError(
-                        f"The KV caches of {same[0]} and {same[number]} do not stand at a regular distance, "
-                        "which self-speculation and KV sharing need. Start without VLLM_KV_CACHE_LAYOUT, or without "
-                        "these."
+                        f"The KV caches of {same[0]} and {same[number]} are not alike or do not stand at a regular "
+                        "distance, which self-speculation and KV sharing need. Start without "
+                        "--kv-cache-dtype-skip-layers, or without these."
                     )
             unit = gcd(first.stride(0), distance)
             per_block, per_loop = first.stride(0) // unit, distance // unit

@@ -211,7 +211,7 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches = LoopCaches(tree, config.num_hidden_layers, loops)
-        # Attention layers per KV group: those of each loop and, where it is nobody's own, of what the loops share.
+        # Attention layers of each loop and, where it is nobody's own, of what the loops share.
         groups = loops + (self.options.kv_sharing == AVERAGE)
         self.layer_names = [
             [layer_name(tree, layer, group, config.num_hidden_layers) for layer in range(config.num_hidden_layers)]

@@ -2,7 +2,7 @@
 wavefront.
 
 What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
-    initialize_kv_cache: makes the machine for the passes.
+    initialize_kv_cache, shutdown: makes the machine for the passes, and lets go of the KV cache.
     _update_states: notes which requests are new, lost their blocks, or are gone.
     execute_model, _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`; but of bare steps
         (`_nothing_ahead`) vLLM's way, if loops share no KV.
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context, set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -60,6 +60,8 @@ class LoopPasses(PlainDepths):
         self._sharing: Sharing | None = None
         self._textbook = options.speculation == "draft-verify"
         self._waves: Waves | None = None
+        self._pool: Pool | None = None
+        self._layers: dict[str, Any] = {}
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
         self._own_step = self._due = self._bare = False
@@ -68,7 +70,7 @@ class LoopPasses(PlainDepths):
         self._committed = 0
         self._exits: dict[str, list[int]] = {}
         self._made: tuple[torch.Tensor | None, Any] = None, None  # metadata, and the lengths it was made for
-        self._latest: tuple[list[str], list[int], Step] | None = None  # bare step: its requests, their starts
+        self._latest: tuple[list[str], list[int], Step] | None = None  # of bare steps the last: requests, their starts
 
     # The engine's start.
 
@@ -107,6 +109,12 @@ class LoopPasses(PlainDepths):
         )
         window = options.kv_window if options.shares else None
         self._waves = Waves(self._loops, self._burst, requests, machine, window)
+
+    def shutdown(self) -> None:
+        """As vLLM does, which then frees the KV cache."""
+        self._waves = self._latest = None
+        self._layers, self._pool = {}, None
+        super().shutdown()
 
     @torch.inference_mode()
     def time_passes(self) -> None:
@@ -181,18 +189,54 @@ class LoopPasses(PlainDepths):
     ) -> Any:
         if self._bare and self._burst and self._scheduled is not None:
             self._leave_flights()
-        if not self._own_step:
-            began = perf_counter()
-            hidden = super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs)
+        chunks = self._lockstep()
+        if chunks or not self._own_step:
+            began, context = perf_counter(), get_forward_context()
+            if chunks:
+                context = self._with_shared(context, chunks, positions.shape[0])
+            with override_forward_context(context):
+                hidden = super()._model_forward(
+                    input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs
+                )
+            if chunks:
+                self._waves.machine.fold((), chunks, self._loops)
             if self._waves is not None:  # on a GPU the passes of a plain step are only launched here
                 self._waves.counts.seconds += perf_counter() - began
             return hidden
+        self._latest = None
         try:
             return self._wave_forward(input_ids)
         except Exception:
             logger.exception("Self-speculation failed in this step; its rows are computed again, plainly.")
             self._waves.lose()
             return self._wave_forward(input_ids, follow=False)
+
+    def _lockstep(self) -> list[Chunk]:
+        """Under sharing the chunks of a bare step, if they can run in one stage: all loops of all of them in turn."""
+        if not (self._own_step and self._bare):
+            return []
+        batch, chunks, where = self.input_batch, [], 0
+        for index, request in enumerate(batch.req_ids):
+            count = self._scheduled.num_scheduled_tokens[request]
+            start = int(batch.num_computed_tokens_cpu[index])
+            chunks.append(Chunk(index, start, count, where, self._loops))
+            where += count
+        stages = self._stages(chunks, flights=False)
+        return stages[0] if len(stages) == 1 else []
+
+    def _with_shared(self, context: ForwardContext, chunks: list[Chunk], rows: int) -> ForwardContext:
+        """The forward context of a step of vLLM's own whose rows read what loops share; rows: with padding."""
+        machine, starts = self._waves.machine, [chunk.start for chunk in chunks]
+        machine.step, requests = self._onward(chunks) or self._step(), list(self.input_batch.req_ids)
+        metadata, slots = {}, {}
+        for names, common in zip(self.get_model().layer_names, machine.lockstep(chunks), strict=False):
+            written = common.slot_mapping
+            written = torch.nn.functional.pad(written, (0, rows - written.shape[0]), value=PAD_SLOT_ID)
+            metadata.update(dict.fromkeys(names, self._metadata(common)))
+            slots.update(dict.fromkeys(names, written))
+        # Where a request has more than one piece, the starts say nothing of the next step's.
+        self._latest = (requests, starts, machine.step) if len(starts) == len(requests) else None
+        return replace(context, attn_metadata=metadata, slot_mapping=slots)
 
     def _wave_forward(self, input_ids: torch.Tensor, follow: bool = True) -> torch.Tensor:
         """Hidden states [N, D] of the N scheduled tokens, each after the loop it is read after.
@@ -230,7 +274,7 @@ class LoopPasses(PlainDepths):
             layout += range(where + count - claimed, where + count)
             where += count
         stages = self._stages(chunks, flights=not self._bare)
-        fresh, ends = self._onward(starts) or self._step(), []
+        fresh, ends = self._step(), []
         for number, stage in enumerate(stages, start=1):
             machine.step = step = replace(fresh)
             if stage:
@@ -240,10 +284,6 @@ class LoopPasses(PlainDepths):
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
-        if self._bare and len(stages) == 1:
-            self._latest = list(batch.req_ids), starts, step
-            return step.chunks_read
-        self._latest = None
         kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
         if not chunks:
             return kept
@@ -368,12 +408,12 @@ class LoopPasses(PlainDepths):
         # Not all_stop_token_ids, which names the end of sequence also where it is ignored.
         flight.stops = frozenset((params.eos_token_id, *(params.stop_token_ids or ())))
 
-    def _onward(self, starts: list[int]) -> Step | None:
-        """For the passes of a bare step that follows one of the same requests, each a token further on."""
-        if not self._bare or self._latest is None:
+    def _onward(self, chunks: list[Chunk]) -> Step | None:
+        """For the passes of a step of one token per request, if the one before was of the token before of each."""
+        if self._latest is None or any(chunk.tokens > 1 for chunk in chunks):
             return None
         requests, before, step = self._latest
-        if requests != self.input_batch.req_ids or any(new != old + 1 for new, old in zip(starts, before, strict=True)):
+        if requests != self.input_batch.req_ids or [chunk.start - 1 for chunk in chunks] != before:
             return None
         return self._waves.machine.onward(step)
 

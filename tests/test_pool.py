@@ -18,8 +18,11 @@ BY_LAYER = [name for same in zip(*NAMES, strict=True) for name in same]
 BY_LOOP = [name for names in NAMES for name in names]
 
 
-def laid_out(groups, layout):
-    """What vLLM makes of KV groups: its configuration, and layers with their caches, full of random numbers."""
+def laid_out(groups, layout, kernel=None):
+    """What vLLM makes of KV groups: its configuration, and layers with their caches, full of random numbers.
+
+    kernel: tokens per block of an attention backend that cuts vLLM's.
+    """
     config = SimpleNamespace(
         attention_config=SimpleNamespace(hisparse_config=None),
         cache_config=SimpleNamespace(
@@ -32,8 +35,7 @@ def laid_out(groups, layout):
     memory = BLOCKS * page * max(len(group.layer_names) for group in groups)
     made = get_kv_cache_config_from_groups(config, groups, memory)
     assert made.num_blocks == BLOCKS
-    kernel = [16] * len(groups) if layout.is_layer_compact and layout.is_block_compact else None  # else never cut
-    caches = allocate_kv_cache(made, torch.device("cpu"), layout, kernel)
+    caches = allocate_kv_cache(made, torch.device("cpu"), layout, kernel and [kernel] * len(groups))
     for cache in caches.values():
         cache.normal_()
     return made, {name: SimpleNamespace(kv_cache=cache) for name, cache in caches.items()}
@@ -42,13 +44,12 @@ def laid_out(groups, layout):
 @pytest.mark.parametrize("layout", KVCacheLayout, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("order", [BY_LAYER, BY_LOOP])
 def test_every_loop_is_found_in_any_layout(layout, order):
-    """In whatever order vLLM lists the layers, with its blocks cut into the kernel's."""
+    """In whatever order vLLM lists the layers."""
     config, layers = laid_out([KVCacheGroupSpec(order, WavefrontSpec(**SIZES))], layout)
     pool = Pool.of(config, NAMES, layers)
-    blocks = layers[NAMES[0][0]].kv_cache.shape[0]
-    table = torch.stack([torch.randperm(blocks) for _ in range(2)]).to(torch.int32)
+    table = torch.stack([torch.randperm(BLOCKS) for _ in range(2)]).to(torch.int32)
     ids = pool.ids([table] * LOOPS)
-    assert ids.shape == (LOOPS, 2, blocks)
+    assert ids.shape == (LOOPS, 2, BLOCKS)
     for loop, names in enumerate(NAMES):
         for name, cache in zip(names, pool.caches, strict=True):
             own = layers[name].kv_cache
@@ -73,7 +74,23 @@ def test_groups_of_their_own_lie_over_one_another():
 def test_caches_at_other_distances_are_refused():
     config, layers = laid_out([KVCacheGroupSpec(BY_LOOP, FullAttentionSpec(**SIZES))], KVCacheLayout.LBHNC)
     layers[NAMES[2][1]].kv_cache = layers[NAMES[2][2]].kv_cache
-    with pytest.raises(RuntimeError, match=f"{NAMES[0][1]} and {NAMES[2][1]} do not stand.*Start without"):
+    with pytest.raises(RuntimeError, match=f"{NAMES[0][1]} and {NAMES[2][1]} .*regular distance.*Start without"):
+        Pool.of(config, NAMES, layers)
+
+
+def test_caches_of_another_kind_are_refused():
+    """As of layers that are left out of an FP8 cache: strides are the same."""
+    config, layers = laid_out([KVCacheGroupSpec(BY_LOOP, FullAttentionSpec(**SIZES))], KVCacheLayout.LBHNC)
+    for name in NAMES[1]:
+        layers[name].kv_cache = layers[name].kv_cache.view(torch.int32)
+    with pytest.raises(RuntimeError, match="not alike.*without --kv-cache-dtype-skip-layers"):
+        Pool.of(config, NAMES[:2], layers)
+
+
+def test_blocks_that_attention_cuts_are_refused():
+    """Tables name vLLM's blocks; attention would look for the pieces of another loop's."""
+    config, layers = laid_out([KVCacheGroupSpec(BY_LAYER, WavefrontSpec(**SIZES))], KVCacheLayout.LBHNC, kernel=16)
+    with pytest.raises(ValueError, match="--block-size 32.*16 tokens.*Start with --block-size 16"):
         Pool.of(config, NAMES, layers)
 
 
@@ -83,5 +100,5 @@ def test_loops_that_lost_their_groups_are_refused():
     for same in zip(*NAMES, strict=True):
         for name in same:
             layers[name].kv_cache = layers[same[0]].kv_cache
-    with pytest.raises(RuntimeError, match="do not stand at a regular distance"):
+    with pytest.raises(RuntimeError, match="regular distance"):
         Pool.of(config, NAMES, layers)

@@ -21,6 +21,7 @@ from test_speculation import (
     params,
     plain_now_and_then,
     preempted,
+    runner_of,
     scheduler_of,
     serve,
     tokens_of,
@@ -83,6 +84,20 @@ def test_logits_are_the_references(engine, heldout, policy):
             assert wanted.argmax(-1).tolist() == list(output.token_ids)
             # Sharing does show: this test would not pass with loops that read their own.
             assert (got - exact.logits(whole, len(ids))[len(ids) - 1 :]).abs().max() > 100 * TOLERANCE
+        steps_carried_on(llm, asked)
+
+
+def steps_carried_on(llm, asked):
+    """Steps go on with what the one before laid out, until somebody comes or goes; answers are those of each alone."""
+    wishes = [params(max_tokens=40), params(max_tokens=10)]
+    alone = [answer for ids, wish in zip(asked, wishes, strict=True) for answer in serve(llm, [(0, ids, wish)])]
+    runner, carried = runner_of(llm), []
+    onward = runner._onward
+    runner._onward = lambda chunks: carried.append(onward(chunks)) or carried[-1]
+    assert serve(llm, [(0, asked[0], wishes[0]), (10, asked[1], wishes[1])]) == alone
+    begun = [step for step, made in enumerate(carried) if made is None]
+    assert len(carried) == 40 and {0, 10, 20} <= set(begun)  # the second one has its tokens in steps 10 to 19
+    assert len(begun) < 12
 
 
 def test_speculation_batched_and_alone(engine, bank, policy):

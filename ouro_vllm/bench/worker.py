@@ -66,8 +66,8 @@ def blocks_needed(lengths: list[int], batch: int) -> int:
 
 
 def block_bytes(cache: Any) -> float:
-    """Bytes of a block of vLLM's KVCacheConfig. Its tensors each name the size of all that is allocated: those of
-    loops lie over one another in it (vllm/v1/kv_cache_interface.py, `KVCacheTensor`)."""
+    """Bytes of a block of vLLM's KVCacheConfig. Its tensors each name the size of all that is allocated: under
+    sharing those of loops lie over one another in it (vllm/v1/kv_cache_interface.py, `KVCacheTensor`)."""
     return max(tensor.size for tensor in cache.kv_cache_tensors) / cache.num_blocks
 
 

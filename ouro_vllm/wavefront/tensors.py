@@ -125,10 +125,7 @@ class Passes:
                 self.pool[places[:, 0]] = self.embed(places[:, 1])
             hidden = self.pool[slots]
         else:
-            if step.lockstep is None or len(step.lockstep[0].lanes) != len(chunks):
-                layout = self._layout((), chunks)
-                step.lockstep = layout, *self._blocks(layout, slice(self.loops))
-            layout, table, written = step.lockstep
+            layout, table, written = self._all_loops(chunks)
             table, written = table[loop - 1], written[loop - 1]
         if chunks:
             if loop == 1:
@@ -143,8 +140,7 @@ class Passes:
             step.chunk_hidden[:running] = output[len(rows) :]
             if step.exits is not None:
                 step.exits.take(loop, step.chunk_hidden[:running])
-        if self.caches:
-            self._fold(rows, chunks, loop)
+        self.fold(rows, chunks, loop)
         if not read:
             return []
         seen = output if len(read) == output.shape[0] else output[torch.tensor(read).to(self.device)]
@@ -154,6 +150,19 @@ class Passes:
             places = torch.tensor([[rows[number][1].slot for number in gone], gone]).to(self.device)
             self.departed[places[0]] = output[places[1]]
         return tokens
+
+    def lockstep(self, chunks: Sequence[Chunk]) -> list[CommonAttentionMetadata]:
+        """vLLM's metadata of all loops of chunks that run them in turn."""
+        layout, tables, written = self._all_loops(chunks)
+        return [self._common(layout, [loop] * len(chunks), tables[loop], written[loop]) for loop in range(self.loops)]
+
+    def _all_loops(self, chunks: Sequence[Chunk]) -> tuple[Layout, torch.Tensor, torch.Tensor]:
+        """See `Step.lockstep`."""
+        step = self.step
+        if step.lockstep is None or len(step.lockstep[0].lanes) != len(chunks):
+            layout = self._layout((), chunks)
+            step.lockstep = layout, *self._blocks(layout, slice(self.loops))
+        return step.lockstep
 
     def onward(self, step: Step) -> Step | None:
         """The step behind one of chunks of one token each, if all of its requests and nobody else go on.
@@ -247,11 +256,13 @@ class Passes:
             shared=[tables.shape[0] - 1] * tables.shape[1],
         )
 
-    def _fold(self, rows: Sequence[tuple[int, Row]], chunks: Sequence[Chunk], loop: int) -> None:
-        """Blocks of which this pass ran the last loop of the last position: write the mean over their loops.
+    def fold(self, rows: Sequence[tuple[int, Row]], chunks: Sequence[Chunk], loop: int) -> None:
+        """Blocks of which a pass ran the last loop of the last position: write the mean over their loops, if asked to.
 
         A block is read as shared from `window` positions behind its end on, which no row has reached yet.
         """
+        if not self.caches:
+            return
         ends = [(index, row.position + 1) for index, row in rows if row.depth + 1 == self.loops]
         done = [(index, end // self.block_size - 1) for index, end in ends if end % self.block_size == 0]
         if loop == self.loops:
