@@ -200,7 +200,7 @@ class Pool:
                     raise RuntimeError(
                         f"The KV caches of {same[0]} and {same[number]} are not alike or do not stand at a regular "
                         "distance, which self-speculation and KV sharing need. Start without "
-                        "--kv-cache-dtype-skip-layers, or without these."
+                        "--kv-cache-dtype-skip-layers if it is set, otherwise without these two."
                     )
             unit = gcd(first.stride(0), distance)
             per_block, per_loop = first.stride(0) // unit, distance // unit

@@ -4,8 +4,8 @@ wavefront.
 What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     initialize_kv_cache, shutdown: makes the machine for the passes, and lets go of the KV cache.
     _update_states: notes which requests are new, lost their blocks, or are gone.
-    execute_model, _build_attention_metadata: metadata is built per pass, in `wavefront.tensors`; but of bare steps
-        (`_nothing_ahead`) vLLM's way, if loops share no KV.
+    execute_model, _build_attention_metadata: metadata is built in `wavefront.tensors`, per pass or, of bare steps
+        (`_nothing_ahead`), for all loops ahead; but of bare steps vLLM's way, if loops share no KV.
     _model_forward: vLLM's hook for this.
     sample_tokens: what was measured goes along with the output.
     _get_spec_decode_draft_probs, _input_fits_in_drafter, propose_draft_token_ids, take_draft_token_ids: drafting.
@@ -86,9 +86,8 @@ class LoopPasses(PlainDepths):
         self._layers = {name: copy(layers[name]) for name in names[0]}
         for layer, cache in zip(self._layers.values(), self._pool.caches, strict=True):
             layer.bind_kv_cache(cache)
-        self._attention = next(
-            group for groups in self.attn_groups for group in groups if names[0][0] in group.layer_names
-        )
+        of_layer = {name: group for groups in self.attn_groups for group in groups for name in group.layer_names}
+        self._attention = [of_layer[loop[0]] for loop in names]
         requests = self.scheduler_config.max_num_seqs
         self._block_size = self.input_batch.block_table[self._pool.groups[0]].block_size
         if options.shares:
@@ -105,7 +104,7 @@ class LoopPasses(PlainDepths):
             loops=self._loops,
             sharing=self._sharing,
             caches=self._pool.caches if options.kv_sharing == AVERAGE else (),
-            kernels=is_own(self._attention.backend),
+            kernels=is_own(self._attention[0].backend),
         )
         window = options.kv_window if options.shares else None
         self._waves = Waves(self._loops, self._burst, requests, machine, window)
@@ -163,7 +162,7 @@ class LoopPasses(PlainDepths):
     # The forward.
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM does, remembering that this step's metadata is built pass by pass."""
+        """As vLLM does, remembering that this is a step, whose metadata may be ours to build."""
         self._own_step = self._waves is not None
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
@@ -176,7 +175,7 @@ class LoopPasses(PlainDepths):
             self._own_step = not self._bare or self._sharing is not None
         if not self._own_step:
             return super()._build_attention_metadata(*args, **kwargs)
-        # Every pass has its own. The second value only has to be there for vLLM to call the drafter.
+        # It is built in `_model_forward`. The second value only has to be there for vLLM to call the drafter.
         return {}, object()
 
     def _model_forward(
@@ -204,6 +203,8 @@ class LoopPasses(PlainDepths):
                 self._waves.counts.seconds += perf_counter() - began
             return hidden
         self._latest = None
+        if self._bare:
+            return self._wave_forward(input_ids)
         try:
             return self._wave_forward(input_ids)
         except Exception:
@@ -221,7 +222,7 @@ class LoopPasses(PlainDepths):
             start = int(batch.num_computed_tokens_cpu[index])
             chunks.append(Chunk(index, start, count, where, self._loops))
             where += count
-        stages = self._stages(chunks, flights=False)
+        stages = self._stages(chunks)
         return stages[0] if len(stages) == 1 else []
 
     def _with_shared(self, context: ForwardContext, chunks: list[Chunk], rows: int) -> ForwardContext:
@@ -229,10 +230,11 @@ class LoopPasses(PlainDepths):
         machine, starts = self._waves.machine, [chunk.start for chunk in chunks]
         machine.step, requests = self._onward(chunks) or self._step(), list(self.input_batch.req_ids)
         metadata, slots = {}, {}
-        for names, common in zip(self.get_model().layer_names, machine.lockstep(chunks), strict=False):
-            written = common.slot_mapping
+        for loop, common in enumerate(machine.lockstep(chunks)):
+            names, written = self.get_model().layer_names[loop], common.slot_mapping
             written = torch.nn.functional.pad(written, (0, rows - written.shape[0]), value=PAD_SLOT_ID)
-            metadata.update(dict.fromkeys(names, self._metadata(common)))
+            # Each loop asks its own builder: some backends keep what they made for the last one that asked.
+            metadata.update(dict.fromkeys(names, self._metadata(common, loop)))
             slots.update(dict.fromkeys(names, written))
         # Where a request has more than one piece, the starts say nothing of the next step's.
         self._latest = (requests, starts, machine.step) if len(starts) == len(requests) else None
@@ -241,7 +243,8 @@ class LoopPasses(PlainDepths):
     def _wave_forward(self, input_ids: torch.Tensor, follow: bool = True) -> torch.Tensor:
         """Hidden states [N, D] of the N scheduled tokens, each after the loop it is read after.
 
-        follow: rows may run ahead of these; without, nothing is read out but for the gate.
+        Of bare steps those come here that take several stages. follow: rows may run ahead of these; without, nothing is
+        read out but for the gate.
         """
         assert self._waves is not None
         waves, batch, scheduled = self._waves, self.input_batch, self._scheduled
@@ -273,7 +276,7 @@ class LoopPasses(PlainDepths):
             lanes.append(self._lane(index, flight, not discarded[index], waits))
             layout += range(where + count - claimed, where + count)
             where += count
-        stages = self._stages(chunks, flights=not self._bare)
+        stages = self._stages(chunks)
         fresh, ends = self._step(), []
         for number, stage in enumerate(stages, start=1):
             machine.step = step = replace(fresh)
@@ -331,7 +334,7 @@ class LoopPasses(PlainDepths):
                 loops.append(self._depths[request].loops)
         self._waves.count_plain(loops)
 
-    def _stages(self, chunks: list[Chunk], flights: bool) -> list[list[Chunk]]:
+    def _stages(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         """What runs in lockstep, one after the other; flights go with the last. One stage, unless KV is shared.
 
         Then what has been generated once and is computed again, after preemption, waits for what it reads as shared:
@@ -357,7 +360,7 @@ class LoopPasses(PlainDepths):
         generated = any(
             chunk.start + chunk.tokens > self.requests[batch.req_ids[chunk.index]].num_prompt_tokens for chunk in chunks
         )
-        if flights and (generated or (chunks and resumed)):
+        if not self._bare and (generated or (chunks and resumed)):
             stages.append([])
         return stages
 
@@ -447,14 +450,17 @@ class LoopPasses(PlainDepths):
             get_forward_context().no_compile_layers = self._layers
             return self.get_model().model(positions, hidden)[:rows]
 
-    def _metadata(self, common: CommonAttentionMetadata) -> Any:
-        """What the attention backend reads. Of sequences that only moved on to their next loop, the blocks alone."""
-        made_for, made = self._made
+    def _metadata(self, common: CommonAttentionMetadata, loop: int = 0) -> Any:
+        """What the attention backend reads. Of sequences that only moved on to their next loop, the blocks alone.
+
+        loop: 0-based, whose layers read it, as far as vLLM tells loops apart.
+        """
+        group, (made_for, made) = self._attention[loop], self._made
         if made_for is common.seq_lens:
-            moved = at_other_blocks(self._attention.get_metadata_builder(), made, common)
+            moved = at_other_blocks(group.get_metadata_builder(), made, common)
             if moved is not None:
                 return moved
-        self._made = common.seq_lens, self._attention.build_metadata(common)
+        self._made = common.seq_lens, group.build_metadata(common)
         return self._made[1]
 
     # Readouts and draws.

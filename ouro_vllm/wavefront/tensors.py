@@ -56,9 +56,9 @@ class Step:
     tables: block ids [G, B, W], int32, of loop g + 1, batch row b, block w; under sharing the last is what is shared.
     prompts: tokens in the prompt, per batch row; read under sharing only.
     chunk_ids: token ids [C] of all chunks, in their order, deepest first; chunk_hidden: their hidden states [C, D]
-        after the passes they were in. exits: where the gate lets them go, if it is asked for any. lockstep: of the
-        last pass, if it was of chunks alone, its layout and the blocks of all loops (see `Passes._blocks`); chunks only
-        ever leave, so that it holds as long as their number does.
+        after the passes they were in. exits: where the gate lets them go, if it is asked for any. lockstep: of
+        chunks alone, their layout and the blocks of all loops (see `Passes._blocks`); chunks only ever leave, so that
+        it holds as long as their number does, and until there are rows in a pass.
     """
 
     tables: torch.Tensor
