@@ -216,14 +216,18 @@ class LoopPasses(PlainDepths):
         """Under sharing the chunks of a bare step, if they can run in one stage: all loops of all of them in turn."""
         if not (self._own_step and self._bare):
             return []
-        batch, chunks, where = self.input_batch, [], 0
-        for index, request in enumerate(batch.req_ids):
-            count = self._scheduled.num_scheduled_tokens[request]
-            start = int(batch.num_computed_tokens_cpu[index])
-            chunks.append(Chunk(index, start, count, where, self._loops))
-            where += count
-        stages = self._stages(chunks)
+        stages = self._stages(self._whole())
         return stages[0] if len(stages) == 1 else []
+
+    def _whole(self) -> list[Chunk]:
+        """All that is scheduled, as chunks: nothing of it is in flight."""
+        chunks, where = [], 0
+        for index, request in enumerate(self.input_batch.req_ids):
+            count = self._scheduled.num_scheduled_tokens[request]
+            start = int(self.input_batch.num_computed_tokens_cpu[index])
+            chunks.append(Chunk(index, start, count, where, self._depths[request].loops))
+            where += count
+        return chunks
 
     def _with_shared(self, context: ForwardContext, chunks: list[Chunk], rows: int) -> ForwardContext:
         """The forward context of a step of vLLM's own whose rows read what loops share; rows: with padding."""
@@ -247,18 +251,37 @@ class LoopPasses(PlainDepths):
         read out but for the gate.
         """
         assert self._waves is not None
+        waves, machine = self._waves, self._waves.machine
+        lanes, chunks, layout = ([], self._whole(), []) if self._bare else self._claimed()
+        stages = self._stages(chunks)
+        fresh, ends = self._step(), []
+        for number, stage in enumerate(stages, start=1):
+            machine.step = step = replace(fresh)
+            if stage:
+                step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
+                step.exits = self._exits_of(stage)
+            waves.forward(lanes if number == len(stages) else [], stage, follow=follow and not self._textbook)
+            if stage:
+                ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
+        self._lanes = lanes
+        kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
+        if not chunks:
+            return kept
+        hidden = kept.new_empty(sum(self._scheduled.num_scheduled_tokens.values()), kept.shape[1])
+        hidden[torch.tensor(layout, dtype=torch.int64, device=self.device)] = kept
+        for chunk, end in ends:
+            hidden[chunk.where : chunk.where + chunk.tokens - chunk.lead] = end[chunk.lead :]
+        return hidden
+
+    def _claimed(self) -> tuple[list[Lane], list[Chunk], list[int]]:
+        """Of each request its lane; what it has no rows for, as chunks; and which scheduled tokens [N] lanes hold."""
         waves, batch, scheduled = self._waves, self.input_batch, self._scheduled
-        machine: Passes = waves.machine
         counts = [scheduled.num_scheduled_tokens[request] for request in batch.req_ids]
         starts = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
         discarded = self.discard_request_mask.np[: batch.num_reqs].tolist()
         lanes, chunks, layout, where = [], [], [], 0
         for index, (request, start, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
             state, depth = self.requests[request], self._depths[request]
-            if self._bare:
-                chunks.append(Chunk(index, start, count, where, depth.loops))
-                where += count
-                continue
             flight = waves.flight(request, depth.loops, depth.gated)
             claimed = 0
             if discarded[index]:  # a prompt that ends in a later step
@@ -276,25 +299,7 @@ class LoopPasses(PlainDepths):
             lanes.append(self._lane(index, flight, not discarded[index], waits))
             layout += range(where + count - claimed, where + count)
             where += count
-        stages = self._stages(chunks)
-        fresh, ends = self._step(), []
-        for number, stage in enumerate(stages, start=1):
-            machine.step = step = replace(fresh)
-            if stage:
-                step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
-                step.exits = self._exits_of(stage)
-            waves.forward(lanes if number == len(stages) else [], stage, follow=follow and not self._textbook)
-            if stage:
-                ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
-        self._lanes = lanes
-        kept = machine.kept([row for lane in lanes for row in lane.flight.rows[: lane.flight.held]])
-        if not chunks:
-            return kept
-        hidden = kept.new_empty(where, kept.shape[1])
-        hidden[torch.tensor(layout, dtype=torch.int64, device=self.device)] = kept
-        for chunk, end in ends:
-            hidden[chunk.where : chunk.where + chunk.tokens - chunk.lead] = end[chunk.lead :]
-        return hidden
+        return lanes, chunks, layout
 
     def _lane(self, index: int, flight: Flight, decided: bool, waits: bool = False) -> Lane:
         """decided: this step decides a token of the request. waits: see `Lane`."""

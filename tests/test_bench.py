@@ -586,3 +586,23 @@ worker.main()
     assert "model" in answers[2]["error"]
     assert child.returncode == 0
     assert "noise" in logged and "more noise" in logged and "shut down" in logged
+
+
+def test_modes_take_turns_there_and_back():
+    """Whoever is asked first, modes are compared with plain's answers of the round, plain's own with its first ones."""
+    asked, plan = [], SimpleNamespace(modes=["wavefront", "plain"], rounds=2, requests=lambda batch: 1)
+
+    class Asked:
+        def __init__(self, mode):
+            self.mode = mode
+
+        def ask(self, question):
+            measurement = {"seconds": 1.0, "requests": 1, "tokens": 2, "first_token": 0.1, "pass_seconds": 0.5}
+            measurement |= {"passes": 2, "rows": 2, "lane_passes": 2, "committed": 2}
+            asked.append(self.mode)
+            return {"measurement": measurement, "outputs": [[asked.count(self.mode)]]}  # another one in each round
+
+    rounds = run.alternate(plan, {mode: Asked(mode) for mode in plan.modes}, 1, 0.0, [])
+    assert asked == ["plain", "wavefront", "wavefront", "plain", "plain", "wavefront"]
+    same = {mode: [one.identical for one in kept] for mode, kept in rounds.items()}
+    assert same == {"plain": [0, 0], "wavefront": [1, 1]}

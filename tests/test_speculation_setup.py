@@ -94,6 +94,11 @@ def test_setups_that_cannot_speculate(configured, changes, options, named):
         configured(changes, **options)
 
 
+def test_drafting_needs_no_hybrid_manager(configured):
+    """One KV group is what plain decoding has, too."""
+    assert configured(disable_hybrid_kv_cache_manager=True).scheduler_config.scheduler_cls.endswith("OuroScheduler")
+
+
 def test_pipeline_parallel(configured):
     """vLLM looks at the drafter's model, which is this one, before it asks us, and says so in its own words."""
     with pytest.raises(NotImplementedError, match="Pipeline parallelism is not supported for this model"):
