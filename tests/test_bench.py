@@ -132,7 +132,8 @@ def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake):
     assert cli.main(["bench", folder, "--batch", "2", "--rounds", "2", "--modes", "draft-verify,plain"]) == 0
     textbook, plain = asked(folder)
     assert [list(question) for question in plain] == [["start"]] + [["measure"]] * 3
-    assert textbook[1:] == plain[1:] == [{"measure": {"batch": 2, "requests": 8, "temperature": 0.0}}] * 3
+    question = {"batch": 2, "requests": 8, "temperature": 0.0, "parts": run.PARTS}
+    assert textbook[1:] == plain[1:] == [{"measure": question}] * 3
     assert plain[0]["start"]["options"] == {}
     start = textbook[0]["start"]
     assert start["options"]["speculative_config"]["num_speculative_tokens"] == 3
@@ -207,7 +208,7 @@ def test_a_child_that_waits_ends_when_its_parent_is_killed(fake, tmp_path):
 STOPPABLE = r"""
 from types import SimpleNamespace
 from ouro_vllm.bench import worker
-worker.Engine = lambda: SimpleNamespace(facts={"ready": True}, measure=lambda: {"measured": True})
+worker.Engine = lambda: SimpleNamespace(facts={"ready": True}, measure=lambda: (yield {"measured": True}))
 worker.main()
 """
 
@@ -509,7 +510,11 @@ def test_worker_keeps_the_batch_full_and_no_fuller():
         return time.perf_counter()
 
     prompts, lengths = [[number] for number in range(20)], [1, 8, 3, 2, 5, 4, 1, *[3] * 13]
-    outputs, waits, decoding, seconds = worker.answer(engine, "run-1", prompts, lengths, 7, 3, stepped)
+    so_far, answering = [], worker.answer(engine, "run-1", prompts, lengths, 7, 3, stepped)
+    while isinstance(tokens := worker.onward(answering), int):
+        so_far.append(tokens)
+    outputs, waits, decoding, seconds = tokens
+    assert so_far == [5, 10, 16, 22] and sum(map(len, outputs)) == 26
     assert outputs[:7] == [[number] * length for number, length in enumerate(lengths[:7])]
     assert engine.most == 3 and engine.order == [f"run-1-{number}" for number in range(len(engine.order))]
     assert steps == [2, 1, 3, 1, 1]  # left after each
@@ -593,16 +598,47 @@ def test_modes_take_turns_there_and_back():
     asked, plan = [], SimpleNamespace(modes=["wavefront", "plain"], rounds=2, requests=lambda batch: 1)
 
     class Asked:
+        """Answers in two parts, drafting in one."""
+
         def __init__(self, mode):
-            self.mode = mode
+            self.mode, self.rounds, self.part = mode, 0, 0
 
         def ask(self, question):
+            asked.append(self.mode)
+            ((what, details),) = question.items()
+            assert what == ("go_on" if self.part else "measure") and (self.part or details["parts"] == run.PARTS)
+            self.part = (self.part + 1) % (3 if self.mode == "plain" else 2)
+            if self.part:
+                return {"tokens": 1}
+            self.rounds += 1
             measurement = {"seconds": 1.0, "requests": 1, "tokens": 2, "first_token": 0.1, "pass_seconds": 0.5}
             measurement |= {"passes": 2, "rows": 2, "lane_passes": 2, "committed": 2}
-            asked.append(self.mode)
-            return {"measurement": measurement, "outputs": [[asked.count(self.mode)]]}  # another one in each round
+            return {"measurement": measurement, "outputs": [[self.rounds]]}  # another one in each round
 
     rounds = run.alternate(plan, {mode: Asked(mode) for mode in plan.modes}, 1, 0.0, [])
-    assert asked == ["plain", "wavefront", "wavefront", "plain", "plain", "wavefront"]
+    assert asked == ["plain", "wavefront", "wavefront", "plain", "plain"] * 3
     same = {mode: [one.identical for one in kept] for mode, kept in rounds.items()}
     assert same == {"plain": [0, 0], "wavefront": [1, 1]}
+
+
+def test_a_measurement_in_parts_is_that_in_one_with_the_clock_stopped_between(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(worker, "perf_counter", lambda: now[0])
+
+    def stepped() -> float:
+        now[0] += 1.0
+        return engine.clock()
+
+    def measured(parts: int) -> tuple:
+        lengths = [8, 5, 6]
+        steps = worker.answer(FakeEngine(), "1", [[7]] * 3, lengths, 3, 2, stepped, engine.clock)
+        answering, breaks = engine._in_parts(steps, sum(lengths) / parts), 0
+        while isinstance(found := worker.onward(answering), dict):
+            breaks += 1
+            now[0] += 100.0  # others have their turn
+        return breaks, found
+
+    engine = object.__new__(worker.Engine)
+    engine.away = 0.0
+    (none, whole), (three, parted) = measured(1), measured(4)
+    assert (none, three) == (0, 3) and parted == whole and whole[3] == 6.0

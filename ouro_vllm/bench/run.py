@@ -22,6 +22,7 @@ from ouro_vllm.sharing import AVERAGE
 from ouro_vllm.speculation import MOST_PASSES
 
 FEWEST_REQUESTS = 6
+PARTS = 24  # of a measurement, the modes in turn: what slows this machine down lasts from a tenth of a second to minutes
 SERIES = {"greedy": 0.0, "sampled": 0.7}  # temperature; every request has a seed of its own
 
 
@@ -172,17 +173,16 @@ def start_message(plan: Plan, mode: str, prompts: list[str]) -> dict[str, Any]:
 def alternate(
     plan: Plan, children: dict[str, Child], batch: int, temperature: float, reference: list[list[int]]
 ) -> dict[str, list[Measurement]]:
-    """All rounds at one batch size, the modes in turn, every other round backwards, so that a machine that gets slower
-    or faster favours none; the round that warms up is not among them.
+    """All rounds at one batch size, but the one that warms up.
 
     reference: plain's first answers of the series, filled in here at the smallest batch size. Plain is compared with
     these, which shows what batching alone changes; the others with plain in the same round.
     """
     order = sorted(plan.modes, key=lambda mode: mode != BASE)
     rounds: dict[str, list[Measurement]] = {mode: [] for mode in order}
-    question = {"measure": {"batch": batch, "requests": plan.requests(batch), "temperature": temperature}}
+    question = {"batch": batch, "requests": plan.requests(batch), "temperature": temperature, "parts": PARTS}
     for number in range(plan.rounds + 1):
-        answers = {mode: children[mode].ask(question) for mode in order[:: -1 if number % 2 else 1]}
+        answers = in_turn({mode: children[mode] for mode in order}, {"measure": question})
         base, said = answers[BASE]["outputs"], []
         reference += [] if reference else base
         for mode in order:
@@ -196,6 +196,17 @@ def alternate(
     return rounds
 
 
+def in_turn(children: dict[str, Child], question: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The children's answers. They work on them in parts, one child at a time, every other time in the reverse order, so
+    that a machine that gets slower or faster favours none."""
+    answers = {mode: child.ask(question) for mode, child in children.items()}
+    there, turns = list(children), 1
+    while any("measurement" not in answer for answer in answers.values()):
+        order, turns = there[:: -1 if turns % 2 else 1], turns + 1
+        answers |= {mode: children[mode].ask({"go_on": {}}) for mode in order if "measurement" not in answers[mode]}
+    return answers
+
+
 def heading(plan: Plan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the figures are of; `series` is still empty."""
     base = facts[BASE]
@@ -204,6 +215,7 @@ def heading(plan: Plan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "dtype": plan.dtype,
         "loops": base["loops"],
         "rounds": plan.rounds,
+        "parts": PARTS,
         "tokens": plan.tokens,
         "requests": {str(batch): plan.requests(batch) for batch in plan.batches},
         "prompts": len(base["prompt_tokens"]),

@@ -1,8 +1,8 @@
 """One engine of `ouro-vllm bench`: `python -m ouro_vllm.bench.worker`, asked by lines of JSON on stdin.
 
-{"start": {...}} makes the engine, see `Engine`; {"measure": {...}} has it answer requests, see `Engine.measure`. Each
-gets one line of JSON on stdout: what the method returns, or {"error": "what went wrong"}. Everything else that is
-written to stdout goes to stderr. Ends with stdin.
+{"start": {...}} makes the engine, see `Engine`; {"measure": {...}} has it answer requests, see `Engine.measure`;
+{"go_on": {}} goes on with that. Each gets one line of JSON on stdout: what the method yields or returns, or {"error":
+"what went wrong"}. Everything else that is written to stdout goes to stderr. Ends with stdin.
 
 The engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): one that waits for requests waits on stdin.
 """
@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from itertools import cycle, islice, zip_longest
 from statistics import mean, median
@@ -43,6 +43,7 @@ def main() -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     engine: Engine | None = None
+    measuring: Generator[Any, None, Any] = iter(())
     for line in iter(questions.readline, ""):
         try:
             ((what, details),) = json.loads(line).items()
@@ -50,7 +51,9 @@ def main() -> None:
                 engine = Engine(**details)
                 answer = engine.facts
             else:
-                answer = engine.measure(**details)
+                if what == "measure":
+                    measuring = engine.measure(**details)
+                answer = onward(measuring)
         except Exception as error:
             traceback.print_exc()
             answer = {"error": str(error) or repr(error)}
@@ -58,6 +61,14 @@ def main() -> None:
         answers.flush()
     if engine is not None:
         engine.llm.llm_engine.engine_core.shutdown()
+
+
+def onward(steps: Generator[Any, None, Any]) -> Any:
+    """What a generator yields next, or, once it is through, what it returns."""
+    try:
+        return next(steps)
+    except StopIteration as end:
+        return end.value
 
 
 def blocks_needed(lengths: list[int], batch: int) -> int:
@@ -147,7 +158,8 @@ class Engine:
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.speculates = "speculative_config" in options
         self.paced = self.speculates and not self.runner._textbook
-        self.forwards, self.pass_seconds, self.out, self.runs = 0, 0.0, 0.0, 0
+        self.forwards, self.pass_seconds, self.out, self.away, self.runs = 0, 0.0, 0.0, 0.0, 0
+        self.core.scheduler.clock = self.clock
         self._listen()
         self.facts = {
             "loops": self.loops,
@@ -159,6 +171,10 @@ class Engine:
             "vllm": vllm.__version__,
             "torch": torch.__version__,
         }
+
+    def clock(self) -> float:
+        """Seconds, but those in which others had their turn."""
+        return perf_counter() - self.away
 
     def _listen(self) -> None:
         """Take the time of plain decoding's forwards, and the moment when a step's tokens leave the engine."""
@@ -173,7 +189,7 @@ class Engine:
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             # In a server this runs once the tokens are on their way; in this process `step` returns them after it.
-            self.out = perf_counter()
+            self.out = self.clock()
             return after(*args, **kwargs)
 
         if not self.speculates:
@@ -181,14 +197,22 @@ class Engine:
         self.core.post_step = noted
 
     def measure(
-        self, batch: int, requests: int, temperature: float, extra_args: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+        self,
+        batch: int,
+        requests: int,
+        temperature: float,
+        extra_args: dict[str, Any] | None = None,
+        parts: int = 1,
+    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
         """Answer that many requests, never more than `batch` at once, a new one as soon as one is done.
 
         Until all are done others follow them, so that the batch is full to the end; what these are given counts as
         tokens, but their answers are not finished. Request i has prompt i, starting over when they are used up, seed
         i and `answer_length` i. Detokenisation, which a server does in another process, is left out. extra_args:
-        `vllm_xargs` of all.
+        `vllm_xargs` of all. parts: about how many times, spread evenly over the tokens, to stand aside meanwhile.
+
+        Yields:
+            {"tokens": so far}, in between; the clock stands still until it is asked to go on.
 
         Returns:
             {"measurement": a Measurement, "outputs": token ids per request, "read": tokens by the loop, from the first,
@@ -231,9 +255,9 @@ class Engine:
         gc.collect()
         read = list(self.core.scheduler.read)
         before = self._counted()
-        outputs, waits, last, seconds = answer(
-            self.llm.llm_engine, f"{self.runs}", prompts, params, requests, batch, stepped
-        )
+        steps = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, requests, batch, stepped, self.clock)
+        expected = sum(one.max_tokens for one in params[:requests])
+        outputs, waits, last, seconds = yield from self._in_parts(steps, expected / parts)
         tokens, outputs = sum(map(len, outputs)), outputs[:requests]
         measurement = Measurement(
             seconds=seconds,
@@ -250,6 +274,20 @@ class Engine:
         )
         read = difference(self.core.scheduler.read, read)
         return {"measurement": as_json(measurement), "outputs": outputs, "read": read}
+
+    def _in_parts(self, steps: Generator[int, None, Any], size: float) -> Generator[dict[str, Any], None, Any]:
+        """Run `answer`, standing aside after every `size` tokens. Returns what it returns."""
+        due = size
+        while True:
+            try:
+                tokens = next(steps)
+            except StopIteration as end:
+                return end.value
+            if tokens >= due:
+                due += size * ((tokens - due) // size + 1)
+                left = perf_counter()
+                yield {"tokens": tokens}
+                self.away += perf_counter() - left
 
     def _counted(self) -> Any:
         """Sums since the engine's start."""
@@ -282,12 +320,16 @@ def answer(
     requests: int,
     batch: int,
     stepped: Callable[[], float],
-) -> tuple[list[list[int]], list[float], list[float], float]:
+    clock: Callable[[], float] = perf_counter,
+) -> Generator[int, None, tuple[list[list[int]], list[float], list[float], float]]:
     """Have vLLM's LLMEngine answer the first `requests` prompts (token ids), never more than `batch` at once.
 
     As long as one of them is under way those behind them take the places of the ones that are done; they are then
-    broken off. name: no other call has it. stepped: called after each step, says when (`perf_counter`) its tokens left
-    the engine.
+    broken off. name: no other call has it. stepped: called after each step, says when (by `clock`) its tokens left the
+    engine.
+
+    Yields:
+        Tokens so far, after every step but the last.
 
     Returns:
         Token ids of each request; of the first ones the seconds from their arrival to their first token and from that
@@ -296,11 +338,11 @@ def answer(
     outputs: list[list[int]] = [[] for _ in prompts]
     arrived, waits, decoding = [0.0] * len(prompts), [0.0] * len(prompts), [0.0] * len(prompts)
     waiting, running, left = deque(range(len(prompts))), set(), requests
-    began = perf_counter()
+    began, tokens = clock(), 0
     while left:
         while waiting and len(running) < batch:
             number = waiting.popleft()
-            arrived[number] = perf_counter()
+            arrived[number] = clock()
             engine.add_request(f"{name}-{number}", {"prompt_token_ids": prompts[number]}, params[number])
             running.add(number)
         news = engine.step()
@@ -312,10 +354,13 @@ def answer(
                     waits[number] = out - arrived[number]
                 decoding[number] = out - arrived[number] - waits[number]
                 outputs[number] += new
+                tokens += len(new)
             if output.finished:
                 running.remove(number)
                 left -= number < requests
-    seconds = perf_counter() - began
+        if left:
+            yield tokens
+    seconds = clock() - began
     engine.abort_request([f"{name}-{number}" for number in running])
     while engine.has_unfinished_requests():
         engine.step()
