@@ -4,6 +4,7 @@ A seed then repeats itself, alone or in a batch, whatever was drafted.
 Overridden, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     _update_states: notes which requests are new.
     _on_request_state_removed: vLLM's hook for this.
+    _prepare_inputs: of steps without drafts takes the way of servers without speculation.
     _sample: sets each request's generator to the position drawn for.
 """
 
@@ -43,6 +44,19 @@ class KeyedDraws:
         self._seeds.pop(req_id, None)
         self._depths.pop(req_id, None)
 
+    def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does; of steps with nothing to verify as it does without speculation.
+
+        That is less work, and its rejection sampler's top-k fails on no drafts at all.
+        """
+        config = self.speculative_config
+        if not scheduler_output.scheduled_spec_decode_tokens:
+            self.speculative_config = None
+        try:
+            return super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        finally:
+            self.speculative_config = config
+
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
         batch = self.input_batch
         if batch.random_reqs:
@@ -51,9 +65,6 @@ class KeyedDraws:
                 if request in batch.random_reqs:
                     # The last token of the step is drawn first (RejectionSampler.forward): its position is the key's.
                     batch.generators[index] = self.generator(request, ends[index])
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            # One token per request, as without speculation; the rejection sampler's top-k fails on no drafts at all.
-            spec_decode_metadata = None
         try:
             return super()._sample(logits, spec_decode_metadata)
         finally:

@@ -373,7 +373,8 @@ def test_outputs_are_compared_as_far_as_both_go():
 
 def example(sampled: bool = True) -> dict:
     """Figures of a made-up run."""
-    gathered = {"model": "m", "dtype": "bfloat16", "loops": 4, "rounds": 1, "tokens": 10, "requests": {"1": 6, "8": 32}}
+    gathered = {"model": "m", "dtype": "bfloat16", "loops": 4, "rounds": 1, "parts": 8, "tokens": 10}
+    gathered |= {"requests": {"1": 6, "8": 32}}
     gathered |= {"device": "cpu", "threads": 2, "vllm": "0", "series": {}}
     for series in ("greedy", "sampled") if sampled else ("greedy",):
         gathered["series"][series] = {}
@@ -593,7 +594,7 @@ worker.main()
     assert "noise" in logged and "more noise" in logged and "shut down" in logged
 
 
-def test_modes_take_turns_there_and_back():
+def test_modes_take_turns_in_parts():
     """Whoever is asked first, modes are compared with plain's answers of the round, plain's own with its first ones."""
     asked, plan = [], SimpleNamespace(modes=["wavefront", "plain"], rounds=2, requests=lambda batch: 1)
 
@@ -616,7 +617,7 @@ def test_modes_take_turns_there_and_back():
             return {"measurement": measurement, "outputs": [[self.rounds]]}  # another one in each round
 
     rounds = run.alternate(plan, {mode: Asked(mode) for mode in plan.modes}, 1, 0.0, [])
-    assert asked == ["plain", "wavefront", "wavefront", "plain", "plain"] * 3
+    assert asked == ["plain", "wavefront", "plain", "wavefront", "plain"] * 3
     same = {mode: [one.identical for one in kept] for mode, kept in rounds.items()}
     assert same == {"plain": [0, 0], "wavefront": [1, 1]}
 

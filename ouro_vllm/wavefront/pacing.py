@@ -7,12 +7,14 @@ Rows are nearly free while a pass is bound by reading weights and cost time in p
 so the best choice depends on the machine, the model and the batch.
 
 Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
-promise to be kept. Whichever of the two is not in use runs a few steps now and then, and takes over once it gave
-tokens faster twice in a row, drafting by `MARGIN` at least. Pure Python.
+promise to be kept. Whichever of the two is not in use runs a few steps now and then, which are compared with those
+right before and behind them, since machines drift; it takes over once it gave tokens faster in the middle of the latest
+trials, drafting by `MARGIN` at least. Pure Python.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import log
 from statistics import median
 
 from ouro_vllm.wavefront.waves import GUESSES, Counts
@@ -24,10 +26,13 @@ GUESSED = 0.4  # lookups per token assumed before any was made, fewer by place, 
 SAVED = 0.7  # passes that a right lookup saves: 0.72 on the bundled checkpoint with 1, 2, 3 or 5 per pass
 GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
+REST = 12, 64  # steps between trials while drafting, or plain steps, are in use: drafting ones are of many passes
 MOST_TIMED = 64  # rows in the largest pass timed at the start
 LAPS = 3, 6  # steps that a trial of drafting, or of plain steps, is to measure: drafting ones are of many passes
 FIRST = 4  # steps until the first trial
-SECOND = 4  # steps between two trials, if the first was won
+TRIALS = 8  # the latest, that say which of the two is faster
+FEWEST = 2  # trials before anything else is taken up
+NEXT = 4  # steps between trials until there were so many
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
 MARGIN = 0.05  # drafting must promise this much to be taken up; plain steps are the promise, and need nothing
 SHARE = 0.01  # of the time may be lost to trials
@@ -154,23 +159,29 @@ class Contest:
     """Plain steps against drafting, for batches of one kind.
 
     plain: what is in use, as long as no trial runs. laps: of (drafting, plain) steps the latest, seconds per token.
+    scores: of the latest trials, the logarithm of drafting's seconds per token over those of plain steps.
     clock: seconds of all steps so far. On no other clock is what trials lose a share of the time: a server may wait.
     """
 
     def __init__(self, plain: bool) -> None:
-        self.plain, self.trying, self.won = plain, False, False
+        self.plain, self.trying = plain, False
         self.laps: tuple[deque[float], deque[float]] = deque(maxlen=2 * max(LAPS)), deque(maxlen=2 * max(LAPS))
+        self.scores: deque[float] = deque(maxlen=TRIALS)
         self.left, self.rest = FIRST, 0.0  # steps, and a time, until the trial begins; or steps until it ends
-        self.clock, self.began, self.measured, self.tokens = 0.0, 0.0, 0, 0
+        self.clock, self.began, self.tokens = 0.0, 0.0, 0
+        self.around: list[float] = []  # of what is in use, right before the latest trial and behind it
+        self.tried: list[float] = []  # in that trial, until it is judged
 
     def decide(self) -> bool:
         """Whether the next step is plain."""
         self.left -= 1
         if self.left <= 0:
+            used = self.laps[self.plain]
             if self.trying:  # too many steps had prompts in them
-                self._end()
-            elif self.clock >= self.rest and len(self.laps[self.plain]) >= LAPS[self.plain]:
-                self.trying, self.measured, self.tokens = True, 0, 0
+                self._return()
+            elif self.clock >= self.rest and len(used) >= LAPS[self.plain]:
+                self.trying, self.tokens, self.tried = True, 0, []
+                self.around = list(used)[-LAPS[self.plain] :]
                 self.began, self.left = self.clock, 4 * LAPS[not self.plain]
         return self.plain != self.trying
 
@@ -178,27 +189,32 @@ class Contest:
         """A step took so many seconds per token, of which it committed so many."""
         self.laps[plain].append(seconds)
         if self.trying and plain != self.plain:
-            self.measured += 1
+            self.tried.append(seconds)
             self.tokens += tokens
-            tried = list(self.laps[plain])[-self.measured :]
-            clear = self.measured > 1 and median(tried) > CLEAR * median(self.laps[self.plain])
-            if clear or self.measured == LAPS[plain]:
-                self._end()
+            clear = len(self.tried) > 1 and median(self.tried) > CLEAR * median(self.around)
+            if clear or len(self.tried) == LAPS[plain]:
+                self._return()
+        elif not self.trying and self.tried and plain == self.plain:
+            self.around.append(seconds)
+            if len(self.around) == 2 * LAPS[plain]:
+                self._judge()
 
-    def _end(self) -> None:
-        """The trial is over: see whether the other one takes over. What it lost is not to be lost again soon."""
-        tried, used = self.laps[not self.plain], self.laps[self.plain]
-        before, laps = self.won, LAPS[not self.plain]
-        bar = (1 - MARGIN if self.plain else 1.0) * median(used)
-        self.won = self.measured == laps and median(list(tried)[-laps:]) < bar
-        self.trying, self.left, self.rest = False, LOOK, 0.0
-        if self.won and before:
-            self.plain, self.won = not self.plain, False
-        elif self.won:
-            self.left = SECOND
-        else:
-            lost = self.clock - self.began - self.tokens * median(used)
-            self.rest = self.clock + min(lost / SHARE, LONGEST_REST)
+    def _return(self) -> None:
+        """The trial is over, and judged once as many steps ran behind it as before it. What it lost is not to be lost
+        again soon."""
+        lost = self.clock - self.began - self.tokens * median(self.around)
+        self.rest = self.clock + min(lost / SHARE, LONGEST_REST)
+        self.trying, self.left = False, 4 * LAPS[self.plain]
+        if len(self.tried) == 1:  # says little
+            self.tried = []
+
+    def _judge(self) -> None:
+        tried, around = median(self.tried), median(self.around)
+        self.scores.append(log(tried / around if self.plain else around / tried))
+        self.tried = []
+        self.left = NEXT if len(self.scores) < TRIALS else REST[self.plain]
+        if len(self.scores) >= FEWEST:
+            self.plain = median(self.scores) > (log(1 - MARGIN) if self.plain else 0.0)
 
 
 @dataclass
@@ -228,7 +244,7 @@ class Pacer:
         self.contests: dict[tuple[int, bool], Contest] = {}
         self.lap: Lap | None = None
         self.last: Lap | None = None
-        self.prompt_seconds: deque[float] = deque(maxlen=LATEST)  # per token of a prompt in a step
+        self.prompts: deque[tuple[float, int]] = deque(maxlen=LATEST)  # of plain steps: seconds for, and tokens of them
 
     def learn(self, report: StepReport) -> None:
         """Take in what one step measured."""
@@ -265,6 +281,11 @@ class Pacer:
         misses = max(0.0, made - hits)
         return passes * self.cost.of(lanes * rows_per_token(chances, entry, misses) / passes)
 
+    def _times(self, lanes: int) -> dict[tuple[int, int], float]:
+        """`seconds_per_token` of every choice of (entry, guesses)."""
+        ways = [(0, GUESSES), (0, 1), *((entry, GUESSES) for entry in range(1, self.loops + 1))]
+        return {way: self.seconds_per_token(*way, lanes) for way in ways}
+
     def begin(self, now: float, lanes: int, hurry: bool, drawn: bool, prompts: int, fresh: int) -> Pace:
         """A step begins: decide. now: seconds on a clock. drawn: most tokens are sampled, not the likeliest.
 
@@ -285,15 +306,19 @@ class Pacer:
         return pace
 
     def _contest(self, lanes: int, drawn: bool) -> Contest:
-        """Of batches of this kind. A new one begins as the one of the next smaller batches stands: drafting gains less
-        the more requests there are."""
+        """Of batches of this kind. A new one begins plain where the next smaller batches or greedy ones have come to
+        that, since drafting gains less the more requests there are and where tokens are sampled, or where the time of
+        passes alone speaks against drafting."""
         if not lanes:  # prompts alone: nothing to contest
             return Contest(plain=False)
         size = bucket(lanes)
         if (size, drawn) not in self.contests:
             smaller = [other for other, same in self.contests if same == drawn and other < size]
-            plain = bool(smaller) and self.contests[max(smaller), drawn].plain
-            self.contests[size, drawn] = Contest(plain)
+            known = [self.contests[max(smaller), drawn]] if smaller else []
+            known += [self.contests[size, False]] if (size, False) in self.contests else []
+            times = self._times(lanes)
+            slow = min(times, key=times.__getitem__) == (self.loops, GUESSES)
+            self.contests[size, drawn] = Contest(slow or any(contest.plain for contest in known))
         return self.contests[size, drawn]
 
     def _plain_lap(self, lap: Lap) -> None:
@@ -303,7 +328,7 @@ class Pacer:
             lap.contest.lap(True, lap.seconds / lap.committed, lap.committed)
         elif len(usual) >= LAPS[True]:
             beyond = lap.seconds - lap.committed * median(usual)
-            self.prompt_seconds.append(max(0.0, beyond) / lap.prompts)
+            self.prompts.append((beyond, lap.prompts))
 
     def end(self, committed: int, plain: bool, busy: bool) -> None:
         """The step's tokens are there. plain: as in `StepReport`. busy: another step follows at once.
@@ -319,8 +344,9 @@ class Pacer:
 
     def _drafting_lap(self, lap: Lap, committed: int) -> None:
         """Where drafting is fast, steps are few and most of them have prompts in them."""
-        if self.prompt_seconds:
-            each = median(self.prompt_seconds)
+        if self.prompts:
+            seconds, tokens = map(sum, zip(*self.prompts, strict=True))
+            each = max(0.0, seconds) / tokens
         else:  # until it was measured: as in large passes
             each = self.loops * (self.cost.of(2 * MOST_TIMED) - self.cost.of(MOST_TIMED)) / MOST_TIMED
         prompts = lap.prompts * each
@@ -331,8 +357,7 @@ class Pacer:
         """How to draft. lanes: requests that decode. hurry: someone waits for the next step: no burst before it."""
         if self.fixed is not None or not lanes:
             return Pace(self.entry, 0 if hurry else self.passes, self.most)
-        ways = [(0, GUESSES), (0, 1), *((entry, GUESSES) for entry in range(1, self.loops + 1))]
-        times = {way: self.seconds_per_token(*way, lanes) for way in ways}
+        times = self._times(lanes)
         best = min(times, key=times.__getitem__)
         if times[best] < (1 - GAIN) * times[self.entry, self.most]:
             self.entry, self.most = best
