@@ -209,7 +209,7 @@ class Engine:
         Until all are done others follow them, so that the batch is full to the end; what these are given counts as
         tokens, but their answers are not finished. Request i has prompt i, starting over when they are used up, seed
         i and `answer_length` i. Detokenisation, which a server does in another process, is left out. extra_args:
-        `vllm_xargs` of all. parts: about how many times, spread evenly over the tokens, to stand aside meanwhile.
+        `vllm_xargs` of all. parts: to stand aside between these, which have about as many tokens each.
 
         Yields:
             {"tokens": so far}, in between; the clock stands still until it is asked to go on.
@@ -257,7 +257,7 @@ class Engine:
         before = self._counted()
         steps = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, requests, batch, stepped, self.clock)
         expected = sum(one.max_tokens for one in params[:requests])
-        outputs, waits, last, seconds = yield from self._in_parts(steps, expected / parts)
+        outputs, waits, last, seconds = yield from self._in_parts(steps, expected, parts)
         tokens, outputs = sum(map(len, outputs)), outputs[:requests]
         measurement = Measurement(
             seconds=seconds,
@@ -275,16 +275,20 @@ class Engine:
         read = difference(self.core.scheduler.read, read)
         return {"measurement": as_json(measurement), "outputs": outputs, "read": read}
 
-    def _in_parts(self, steps: Generator[int, None, Any], size: float) -> Generator[dict[str, Any], None, Any]:
-        """Run `answer`, standing aside after every `size` tokens. Returns what it returns."""
-        due = size
+    def _in_parts(
+        self, steps: Generator[int, None, Any], expected: int, parts: int
+    ) -> Generator[dict[str, Any], None, Any]:
+        """Run `answer`, standing aside after each of so many parts of the expected tokens but the last. Returns what it
+        returns."""
+        due = deque(expected * part / parts for part in range(1, parts))
         while True:
             try:
                 tokens = next(steps)
             except StopIteration as end:
                 return end.value
-            if tokens >= due:
-                due += size * ((tokens - due) // size + 1)
+            if due and tokens >= due[0]:
+                while due and tokens >= due[0]:
+                    due.popleft()
                 left = perf_counter()
                 yield {"tokens": tokens}
                 self.away += perf_counter() - left
