@@ -26,7 +26,7 @@ READS = {
     "vllm.config.VllmConfig": "additional_config cache_config compilation_config kv_transfer_config model_config "
     "parallel_config quant_config use_v2_model_runner",
     "vllm.engine.protocol.EngineClient": "vllm_config",
-    "vllm.envs": "VLLM_CPU_KVCACHE_SPACE VLLM_PLUGINS VLLM_USE_V2_MODEL_RUNNER",
+    "vllm.envs": "VLLM_CPU_KVCACHE_SPACE VLLM_PLUGINS VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT VLLM_USE_V2_MODEL_RUNNER",
     "vllm.forward_context.ForwardContext": "attn_metadata no_compile_layers slot_mapping",
     "vllm.model_executor.layers.attention_layer_base.AttentionLayerBase": "bind_kv_cache",
     "vllm.model_executor.layers.rotary_embedding.RotaryEmbedding": "",

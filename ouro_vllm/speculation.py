@@ -40,6 +40,8 @@ def check_passes(vllm_config: "VllmConfig", known_platform: bool, what: str, set
 
     what: wants them. setting: how to do without it.
     """
+    from vllm import envs  # the benchmark reads this module's figures without vLLM
+
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     if not known_platform or parallel.worker_cls != "auto":
         raise ValueError(
@@ -58,6 +60,14 @@ def check_passes(vllm_config: "VllmConfig", known_platform: bool, what: str, set
     ):
         if given:
             raise ValueError(f"{flag}: not with {what}, where {why}. Start without one of the two.")
+    kept, shuffled = vllm_config.cache_config.cache_dtype, envs.VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT
+    if kept.endswith("per_token_head") or (kept.startswith("fp8") and shuffled):
+        # vllm/v1/attention/backends/triton_attn.py, `_ensure_scale_caches`; rocm_aiter_fa.py, its metadata builder.
+        raise ValueError(
+            f"--kv-cache-dtype {kept}{', VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT' * shuffled}: the attention backend keeps "
+            f"scales beside each layer's cache, and {what} reads the caches of all loops through one layer. Start "
+            "without one of the two."
+        )
     if scheduler.scheduler_cls is not None:
         raise ValueError(f"--scheduler-cls: {what} brings its own scheduler. Start without the flag.")
 

@@ -85,6 +85,7 @@ def test_speculative_config_that_makes_no_sense(configured, speculative, named):
         ),
         ({}, {"enable_lora": True}, "--enable-lora.*Start without one of the two"),
         ({}, {"enable_prompt_embeds": True}, "--enable-prompt-embeds.*Start without one of the two"),
+        ({}, {"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype int8_per_token_head: .*Start without one of"),
         ({}, {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls 'vllm.v1.worker.*Start without"),
         ({}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls.*Start without"),
     ],
@@ -92,6 +93,13 @@ def test_speculative_config_that_makes_no_sense(configured, speculative, named):
 def test_setups_that_cannot_speculate(configured, changes, options, named):
     with pytest.raises(ValueError, match=f"(?s){named}"):
         configured(changes, **options)
+
+
+def test_scales_beside_a_shuffled_cache(configured, monkeypatch):
+    monkeypatch.setenv("VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT", "1")
+    assert configured().speculative_config is not None
+    with pytest.raises(ValueError, match="--kv-cache-dtype fp8, VLLM_ROCM_SHUFFLE.*Start without one of the two"):
+        configured(kv_cache_dtype="fp8")
 
 
 def test_drafting_needs_no_hybrid_manager(configured):
