@@ -36,7 +36,7 @@ NEXT = 4  # steps between trials until there were so many
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
 MARGIN = 0.05  # drafting must promise this much to be taken up; plain steps are the promise, and need nothing
 SHARE = 0.01  # of the time may be lost to trials
-LONGEST_REST = 60.0  # seconds of steps without a trial, at most
+LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
 
 
 @dataclass(frozen=True)
