@@ -45,7 +45,8 @@ def overview(figures: dict[str, Any], series: str) -> list[list[str]]:
             "mode",
             "batch",
             "tokens/s, median (least to most)",
-            f"ratio to {BASE}",
+            f"ratio to {BASE} (least to most)",
+            "behind the first token",
             "passes per token",
             "rows per token",
             "outputs identical",
@@ -53,13 +54,14 @@ def overview(figures: dict[str, Any], series: str) -> list[list[str]]:
         ]
     ]
     for mode, batch, found in cells(figures, series):
-        rate = found["tokens_per_second"]
+        rate, ratio, decoding = found["tokens_per_second"], found["ratio"], found["decoding_ratio"]
         rows.append(
             [
                 mode,
                 batch,
                 f"{rate['median']:.1f} ({rate['least']:.1f} to {rate['most']:.1f})",
-                f"{found['ratio']['median']:.2f}",
+                f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})",
+                "" if decoding is None else f"{decoding['median']:.2f}",
                 f"{found['passes_per_token']:.2f}",
                 f"{found['rows_per_token']:.2f}",
                 f"{found['identical']:.0%}",
@@ -75,8 +77,6 @@ def details(figures: dict[str, Any], series: str) -> list[list[str]]:
         [
             "mode",
             "batch",
-            "ratio, least to most",
-            "ratio behind the first token",
             "ratio by R / passes per token",
             "rows per pass",
             "restarts per 100 tokens",
@@ -91,13 +91,10 @@ def details(figures: dict[str, Any], series: str) -> list[list[str]]:
     ]
     for mode, batch, found in cells(figures, series):
         outside, differs = found["outside_passes"], found["first_difference"]
-        decoding = found["decoding_ratio"]
         rows.append(
             [
                 mode,
                 batch,
-                f"{found['ratio']['least']:.2f} to {found['ratio']['most']:.2f}",
-                "" if decoding is None else f"{decoding['median']:.2f}",
                 f"{found['share_of_bound']:.2f}",
                 f"{found['rows_per_pass']:.1f}",
                 f"{100 * found['restarts_per_token']:.1f}",
