@@ -19,7 +19,7 @@ from statistics import median
 
 from ouro_vllm.wavefront.waves import GUESSES, Counts
 
-LATEST = 31  # passes that a median is taken over
+LATEST = 31  # passes, or plain steps with prompts in them, that figures are taken over
 TOKENS = 2000.0  # finished rows that the agreement is averaged over
 PRIOR = 16.0  # weight, in rows, of the agreement assumed before any was seen
 GUESSED = 0.4  # lookups per token assumed before any was made, fewer by place, half of them right
@@ -209,6 +209,7 @@ class Contest:
             self.tried = []
 
     def _judge(self) -> None:
+        """One more score, and what is in use from now on. Drafting is kept up for less than it is taken up for."""
         tried, around = median(self.tried), median(self.around)
         self.scores.append(log(tried / around if self.plain else around / tried))
         self.tried = []
