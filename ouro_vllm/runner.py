@@ -4,8 +4,8 @@ wavefront.
 What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     initialize_kv_cache, shutdown: makes the machine for the passes, and lets go of the KV cache.
     _update_states: notes which requests are new, lost their blocks, or are gone.
-    execute_model, _build_attention_metadata: metadata is built in `wavefront.tensors`, per pass or, of bare steps
-        (`_nothing_ahead`), for all loops ahead; but of bare steps vLLM's way, if loops share no KV.
+    execute_model, _get_slot_mappings, _build_attention_metadata: metadata is built in `wavefront.tensors`, per pass or,
+        of bare steps (`_nothing_ahead`), for all loops ahead; but of bare steps vLLM's way, if loops share no KV.
     _model_forward: vLLM's hook for this.
     sample_tokens: what was measured goes along with the output.
     _get_spec_decode_draft_probs, _input_fits_in_drafter, propose_draft_token_ids, take_draft_token_ids: drafting.
@@ -28,6 +28,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.worker.block_table import SlotMappingMode
 
 from ouro_vllm.anytime.frames import FRAMES, Frame, Watch
 from ouro_vllm.attention import at_other_blocks, is_own
@@ -92,6 +93,8 @@ class LoopPasses(PlainDepths):
         self._block_size = self.input_batch.block_table[self._pool.groups[0]].block_size
         if options.shares:
             self._sharing = Sharing(options.kv_sharing, options.kv_window, self._block_size)
+            for table in self.input_batch.block_table.block_tables:
+                table.slot_mapping_mode = SlotMappingMode.NONE  # ours to work out, from the blocks of every loop
         machine = Passes(
             slots=slots_needed(self._loops, self._burst, requests),
             hidden_size=self.model_config.get_hidden_size(),
@@ -169,6 +172,11 @@ class LoopPasses(PlainDepths):
         finally:
             self._own_step = False
 
+    def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
+        if self._own_step and self._sharing is not None:
+            return {}, {}  # see `_build_attention_metadata`
+        return super()._get_slot_mappings(*args, **kwargs)
+
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if self._own_step:
             self._bare = self._nothing_ahead()
@@ -236,7 +244,8 @@ class LoopPasses(PlainDepths):
         metadata, slots = {}, {}
         for loop, common in enumerate(machine.lockstep(chunks)):
             names, written = self.get_model().layer_names[loop], common.slot_mapping
-            written = torch.nn.functional.pad(written, (0, rows - written.shape[0]), value=PAD_SLOT_ID)
+            if written.shape[0] < rows:
+                written = torch.nn.functional.pad(written, (0, rows - written.shape[0]), value=PAD_SLOT_ID)
             # Each loop asks its own builder: some backends keep what they made for the last one that asked.
             metadata.update(dict.fromkeys(names, self._metadata(common, loop)))
             slots.update(dict.fromkeys(names, written))
