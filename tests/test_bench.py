@@ -427,6 +427,7 @@ def test_modes_as_options():
     full = modes.engine_options("wavefront-full", passes=5, drafts=2, window=64)
     assert full["speculative_config"]["num_speculative_tokens"] == 5
     assert full["additional_config"] == {"ouro": {"entry_loop": 1}}
+    assert modes.engine_options("plain-again", 5, 2, 64) == modes.engine_options("plain", 5, 2, 64) == {}
     assert modes.engine_options("plain-eager", 5, 2, 64) == {"enforce_eager": True}
 
 

@@ -12,6 +12,7 @@ MODES = {
     "draft-verify": "the textbook method: some drafts at depth 1, then one verification",
     "wavefront": "self-speculation as served: adapts to what passes cost on this machine",
     "wavefront-full": "self-speculation that feeds every first readout: its counts do not depend on the machine",
+    "plain-again": "plain in another engine: what two engines of one kind differ by on this machine",
     "plain-eager": "plain without compilation",
 }
 

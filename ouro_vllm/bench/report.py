@@ -8,8 +8,8 @@ from typing import Any
 from ouro_vllm.bench.modes import BASE, MODES, method, speculative
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = dict(zip(MODES, ("#000000", "#D55E00", "#0072B2", "#009E73", "#999999"), strict=True))
-MARKERS = dict(zip(MODES, "osD^v", strict=True))
+COLOURS = dict(zip(MODES, ("#000000", "#D55E00", "#0072B2", "#009E73", "#999999", "#CC79A7"), strict=True))
+MARKERS = dict(zip(MODES, "osD^vp", strict=True))
 
 
 def text(figures: dict[str, Any]) -> str:
