@@ -66,7 +66,6 @@ class PlainDepths(KeyedDraws):
             self._read = [request for request, _ in gated], pick.loop[[row for _, row in gated]]
         return pick.hidden
 
-    @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM does; where the gate let rows go is sent along."""
         output, read = super().sample_tokens(grammar_output), self._read

@@ -14,6 +14,7 @@ on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from time import perf_counter
@@ -68,6 +69,7 @@ class LoopPasses(PlainDepths):
         self._own_step = self._due = self._bare = False
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
+        self._led: set[str] = set()  # requests of which something is always to run ahead, see `_nothing_ahead`
         self._committed = 0
         self._exits: dict[str, list[int]] = {}
         self._made: tuple[torch.Tensor | None, Any] = None, None  # metadata, and the lengths it was made for
@@ -155,12 +157,17 @@ class LoopPasses(PlainDepths):
                 self._latest = None
         for request in scheduler_output.finished_req_ids:
             self._watches.pop(request, None)
+            self._led.discard(request)
+        self._pace = getattr(scheduler_output, PLUGIN, self._pace)
+        result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            asked = (getattr(new.sampling_params, "extra_args", None) or {}).get("ouro_anytime", 0)
+            extra = getattr(new.sampling_params, "extra_args", None) or {}
+            asked = extra.get("ouro_anytime", 0)
             if asked:
                 self._watches[new.req_id] = Watch(traced=asked > 1)
-        self._pace = getattr(scheduler_output, PLUGIN, self._pace)
-        return super()._update_states(scheduler_output)
+            if asked or extra.get("ouro_draft") or self._depths[new.req_id].gated:
+                self._led.add(new.req_id)
+        return result
 
     # The forward.
 
@@ -198,10 +205,10 @@ class LoopPasses(PlainDepths):
             self._leave_flights()
         chunks = self._lockstep()
         if chunks or not self._own_step:
-            began, context = perf_counter(), get_forward_context()
+            began, context = perf_counter(), nullcontext()
             if chunks:
-                context = self._with_shared(context, chunks, positions.shape[0])
-            with override_forward_context(context):
+                context = override_forward_context(self._with_shared(chunks, positions.shape[0]))
+            with context:
                 hidden = super()._model_forward(
                     input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs
                 )
@@ -237,8 +244,8 @@ class LoopPasses(PlainDepths):
             where += count
         return chunks
 
-    def _with_shared(self, context: ForwardContext, chunks: list[Chunk], rows: int) -> ForwardContext:
-        """The forward context of a step of vLLM's own whose rows read what loops share; rows: with padding."""
+    def _with_shared(self, chunks: list[Chunk], rows: int) -> ForwardContext:
+        """This step of vLLM's own as a forward context whose rows read what loops share; rows: with padding."""
         machine, starts = self._waves.machine, [chunk.start for chunk in chunks]
         machine.step, requests = self._onward(chunks) or self._step(), list(self.input_batch.req_ids)
         metadata, slots = {}, {}
@@ -251,7 +258,7 @@ class LoopPasses(PlainDepths):
             slots.update(dict.fromkeys(names, written))
         # Where a request has more than one piece, the starts say nothing of the next step's.
         self._latest = (requests, starts, machine.step) if len(starts) == len(requests) else None
-        return replace(context, attn_metadata=metadata, slot_mapping=slots)
+        return replace(get_forward_context(), attn_metadata=metadata, slot_mapping=slots)
 
     def _wave_forward(self, input_ids: torch.Tensor, follow: bool = True) -> torch.Tensor:
         """Hidden states [N, D] of the N scheduled tokens, each after the loop it is read after.
@@ -329,24 +336,24 @@ class LoopPasses(PlainDepths):
             return True
         if self._scheduled.scheduled_spec_decode_tokens:
             return False
-        for index, request in enumerate(self.input_batch.req_ids):
-            start, prompt = self.input_batch.num_computed_tokens_cpu[index], self.requests[request].num_prompt_tokens
-            if not self._pace.plain and start >= prompt:
-                return False
-            extra = self.requests[request].sampling_params.extra_args or {}
-            if self._depths[request].gated or request in self._watches or extra.get("ouro_draft"):
-                return False
-        return True
+        batch = self.input_batch
+        if self._led and not self._led.isdisjoint(batch.req_ids):
+            return False
+        starts = batch.num_computed_tokens_cpu
+        return self._pace.plain or all(
+            starts[index] < self.requests[request].num_prompt_tokens for index, request in enumerate(batch.req_ids)
+        )
 
     def _leave_flights(self) -> None:
         """Of a plain step's requests nothing is kept; who drafts again starts from what is committed."""
-        loops = []
-        for request, discarded in zip(self.input_batch.req_ids, self.discard_request_mask.np, strict=False):
-            self._waves.forget(request)
-            self._lookups.pop(request, None)
-            if not discarded:
-                loops.append(self._depths[request].loops)
-        self._waves.count_plain(loops)
+        requests = self.input_batch.req_ids
+        if self._waves.flights or self._lookups:
+            for request in requests:
+                self._waves.forget(request)
+                self._lookups.pop(request, None)
+        discarded = self.discard_request_mask.np[: len(requests)].tolist()
+        decided = [request for request, gone in zip(requests, discarded, strict=True) if not gone]
+        self._waves.count_plain([self._depths[request].loops for request in decided])
 
     def _stages(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         """What runs in lockstep, one after the other; flights go with the last. One stage, unless KV is shared.
@@ -621,12 +628,15 @@ class LoopPasses(PlainDepths):
             lanes.append(self._lane(index, flight, decided))
         return lanes
 
-    @torch.inference_mode()
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Run the burst and return what it settled."""
         if not self._due or self._waves is None:
             return None
         self._due = False
+        return self._settled_drafts()
+
+    @torch.inference_mode()
+    def _settled_drafts(self) -> DraftTokenIds:
         try:
             if self._bare:
                 self._lanes = self._depart()
@@ -652,7 +662,6 @@ class LoopPasses(PlainDepths):
                 drafts[index] = drafts[index][: barred - 1]
         return DraftTokenIds(request_ids, [drafts.get(index, []) for index in range(len(request_ids))])
 
-    @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)

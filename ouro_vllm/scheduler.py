@@ -48,9 +48,11 @@ class OuroScheduler(DepthFigures, Scheduler):
         self.pacer = Pacer(
             options.max_loops, self.num_spec_tokens, options.entry_loop, contested=options.speculation == "wavefront"
         )
-        self.totals, self.steps = StepReport(Counts(), 0), 0
+        self.steps = 0
+        self.past = StepReport(Counts(), 0)  # of all steps up to the latest line in the log
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
-        self.latest: dict[str, Any] | None = None
+        self.latest: StepReport | None = None
+        self.steady: tuple[Any, bool, bool] | None = None  # see `_batch`
 
     def _share(self, options: OuroOptions) -> None:
         """Tell the managers of the loops what they need, and the log what sharing is worth."""
@@ -85,13 +87,23 @@ class OuroScheduler(DepthFigures, Scheduler):
         """As vLLM does, with the pace attached."""
         began = self.clock()
         output = super().schedule(*args, **kwargs)
-        if not self.num_spec_tokens:
-            return output
+        if self.num_spec_tokens:
+            setattr(output, PLUGIN, self.pacer.begin(began, *self._batch(output)))
+        return output
+
+    def _batch(self, output: Any) -> tuple[int, bool, bool, int, int]:
+        """What `Pacer.begin` wants to know of a step: lanes, hurry, drawn, prompts, fresh."""
+        scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+        if self.steady is not None and output.total_num_scheduled_tokens == len(scheduled):
+            # One token each, of those who were past their prompts a step ago: nobody has to be looked at.
+            requests, hurry, drawn = self.steady
+            if requests == scheduled.keys():
+                return len(scheduled), hurry, drawn, 0, 0
         decoding, hurry, drawn, prompts, fresh = 0, False, 0, 0, 0
-        for request_id, tokens in output.num_scheduled_tokens.items():
+        for request_id, tokens in scheduled.items():
             request = self.requests[request_id]
             drawn += request.sampling_params.temperature > 0
-            prompt = tokens - 1 - len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            prompt = tokens - 1 - len(drafts.get(request_id, ()))
             prompts += prompt
             if request.num_computed_tokens < request.num_tokens:  # more of the prompt to come
                 hurry = True
@@ -99,9 +111,9 @@ class OuroScheduler(DepthFigures, Scheduler):
                 decoding += 1
                 fresh += prompt > 0 or not request.num_output_tokens
                 hurry = hurry or not speculates(request.sampling_params)
-        most_drawn = 2 * drawn > len(output.num_scheduled_tokens)
-        setattr(output, PLUGIN, self.pacer.begin(began, decoding, hurry, most_drawn, prompts, fresh))
-        return output
+        most_drawn = 2 * drawn > len(scheduled)
+        self.steady = (scheduled.keys(), hurry, most_drawn) if decoding == len(scheduled) else None
+        return decoding, hurry, most_drawn, prompts, fresh
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """As vLLM does, after learning from what the runner measured; frames go along with their requests' tokens."""
@@ -109,9 +121,8 @@ class OuroScheduler(DepthFigures, Scheduler):
         if report is not None:
             self.pacer.learn(report)
             self.steps += 1
-            for sums in (self.totals, self.unlogged):
-                sums.add(report)
-            self.latest = carried(report.counts, report.committed, report.in_flight, self.pacer.entry, report.plain)
+            self.unlogged.add(report)
+            self.latest = report
             self._log()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if report is not None:
@@ -127,14 +138,25 @@ class OuroScheduler(DepthFigures, Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with this step's figures on board (see `patches.carry_metrics`)."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and self.latest is not None:
-            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PLUGIN: self.latest}
+        report = self.latest
+        if stats is not None and report is not None:
+            step = carried(report.counts, report.committed, report.in_flight, self.pacer.entry, report.plain)
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PLUGIN: step}
             self.latest = None
         return stats
+
+    @property
+    def totals(self) -> StepReport:
+        """Sums of all steps."""
+        sums = StepReport(Counts(), 0)
+        for some in (self.past, self.unlogged):
+            sums.add(some)
+        return sums
 
     def _log(self) -> None:
         now = monotonic()
         if now - self.logged >= LOG_SECONDS and self.unlogged.committed:
             if self.log_stats:
                 logger.info(summary(self.unlogged.counts, self.unlogged.committed, self.pacer.entry, self.pacer.plain))
+            self.past.add(self.unlogged)
             self.unlogged, self.logged = StepReport(Counts(), 0), now

@@ -1,9 +1,11 @@
 """Servers that cannot self-speculate are refused with the setting and the mend, from the configuration alone."""
 
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 from checkpoints import write
+from vllm import SamplingParams
 
 from ouro_vllm import SelfSpeculator
 from ouro_vllm.speculation import MOST_PASSES, SPECULATOR
@@ -131,3 +133,57 @@ def test_another_runner_is_told_what_to_change():
     config = SimpleNamespace(model_config=SimpleNamespace(architectures=["OuroForCausalLM"]))
     with pytest.raises(RuntimeError, match="without --worker-cls.*VLLM_USE_V2_MODEL_RUNNER unset"):
         SelfSpeculator(config).propose()
+
+
+def test_batches_that_are_not_looked_at_are_those_that_need_not_be():
+    """`OuroScheduler._batch` remembers the step before; against one that never does, over random serving."""
+    from ouro_vllm.scheduler import OuroScheduler
+
+    def scheduler():
+        made = OuroScheduler.__new__(OuroScheduler)
+        made.requests, made.steady = {}, None
+        return made
+
+    chance, remembered = Random(3), 0
+    swift = scheduler()
+    for number in range(3000):
+        requests = swift.requests
+        if len(requests) < 4 and chance.random() < 0.2:
+            params = SamplingParams(
+                temperature=chance.choice([0.0, 0.7]), extra_args=chance.choice([None, None, {"ouro_speculate": 0}])
+            )
+            requests[str(number)] = SimpleNamespace(
+                sampling_params=params, prompt=chance.randint(1, 40), num_output_tokens=0, num_computed_tokens=0
+            )
+        running = [name for name in requests if chance.random() < 0.97]
+        for name in requests.keys() - running:  # preempted, or not in this step
+            requests[name].num_computed_tokens *= chance.choice([0, 1])
+        scheduled, drafts = {}, {}
+        for name in running:
+            request = requests[name]
+            request.num_tokens = request.prompt + request.num_output_tokens
+            ahead = request.num_tokens - request.num_computed_tokens
+            scheduled[name] = min(ahead, chance.choice([1, 16, 64]))
+            if ahead == 1 and number % 50 > 40 and chance.random() < 0.5:
+                drafts[name] = [7] * chance.randint(1, 3)
+                scheduled[name] += len(drafts[name])
+            request.num_computed_tokens += scheduled[name]  # as vLLM does, drafts included
+        if not scheduled:
+            continue
+        output = SimpleNamespace(
+            num_scheduled_tokens=scheduled,
+            scheduled_spec_decode_tokens=drafts,
+            total_num_scheduled_tokens=sum(scheduled.values()),
+        )
+        slow = scheduler()
+        slow.requests, before = requests, swift.steady
+        assert swift._batch(output) == slow._batch(output)
+        remembered += before is not None and swift.steady is before
+        for name in running:
+            request = requests[name]
+            if request.num_computed_tokens >= request.num_tokens:
+                request.num_computed_tokens -= len(drafts.get(name, ()))
+                request.num_output_tokens += 1
+            if request.num_output_tokens > 30:
+                del requests[name]
+    assert remembered > 300

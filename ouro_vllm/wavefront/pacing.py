@@ -252,6 +252,8 @@ class Pacer:
         counts = report.counts
         for rows, seconds in counts.shapes:
             self.cost.learn(rows, seconds)
+        if not (counts.finished or any(counts.guesses)):  # a plain step
+            return
         for loop, count in enumerate(counts.settled):
             self.settled[loop] += count
         for place, looked in enumerate(counts.looked):

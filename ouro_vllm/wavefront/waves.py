@@ -96,8 +96,9 @@ class Counts:
         for name in ("agreed", "judged", "settled", "guesses", "hits", "looked"):
             mine, theirs = getattr(self, name), getattr(other, name)
             mine += [0] * (len(theirs) - len(mine))
-            for loop, count in enumerate(theirs):
-                mine[loop] += count
+            if any(theirs):  # of plain steps none are
+                for loop, count in enumerate(theirs):
+                    mine[loop] += count
 
 
 def slots_needed(loops: int, passes: int, requests: int) -> int:
