@@ -637,6 +637,7 @@ class LoopPasses(PlainDepths):
 
     @torch.inference_mode()
     def _settled_drafts(self) -> DraftTokenIds:
+        """One burst, and what of each request it brought to the last loop."""
         try:
             if self._bare:
                 self._lanes = self._depart()
