@@ -189,6 +189,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--batch", type=batches, default=[1, 2, 4, 8], help="requests at once (default: 1,2,4,8)")
     for name, default, what in (
         ("--rounds", 5, "measurements per mode and batch, after one that warms up"),
+        ("--starts", 1, "how often the engines are started anew, for as many rounds again"),
         ("--tokens", 128, "tokens per answer, on average: from half as many to half as many again"),
         ("--turns", 4, "requests per place in the batch, 6 at least in all"),
         ("--passes", 8, "passes per engine step of the wavefront"),
@@ -310,7 +311,7 @@ def plan_of(args: argparse.Namespace, compared: list[str], sizes: list[int]) -> 
         window=args.kv_window,
         context=args.context,
         count=args.requests,
-        **{name: getattr(args, name) for name in ("prompts", "rounds", "tokens", "turns", "passes", "drafts")},
+        **{name: getattr(args, name) for name in ("prompts", "starts", "rounds", "tokens", "turns", "passes", "drafts")},
         **{name: getattr(args, name) for name in ("dtype", "sampled", "flat_rows")},
     )
 

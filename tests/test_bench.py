@@ -144,6 +144,18 @@ def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake):
     }
 
 
+def test_engines_are_started_anew_and_all_rounds_count(fake, tmp_path, capsys):
+    folder, saved = fake("good"), tmp_path / "figures.json"
+    arguments = ["--batch", "1,2", "--rounds", "2", "--starts", "3", "--modes", "plain,wavefront", "--json", str(saved)]
+    assert cli.main(["bench", folder, *arguments]) == 0
+    assert [[list(question)[0] for question in child] for child in asked(folder)] == [["start"] + ["measure"] * 6] * 6
+    assert gone(folder)
+    written = json.loads(saved.read_text())
+    for cells in written["series"]["greedy"].values():
+        assert {batch: len(cell["rounds"]) for batch, cell in cells.items()} == {"1": 6, "2": 6}
+    assert "Rounds: 2 after each of 3 starts of the engines, each in about" in capsys.readouterr().out
+
+
 def test_as_many_requests_at_every_batch_size(fake):
     folder = fake("good")
     assert cli.main(["bench", folder, "--batch", "1,4,16", "--rounds", "1", "--modes", "plain", "--requests", "9"]) == 0
@@ -373,7 +385,7 @@ def test_outputs_are_compared_as_far_as_both_go():
 
 def example(sampled: bool = True) -> dict:
     """Figures of a made-up run."""
-    gathered = {"model": "m", "dtype": "bfloat16", "loops": 4, "rounds": 1, "parts": 8, "tokens": 10}
+    gathered = {"model": "m", "dtype": "bfloat16", "loops": 4, "starts": 1, "rounds": 1, "parts": 8, "tokens": 10}
     gathered |= {"requests": {"1": 6, "8": 32}}
     gathered |= {"device": "cpu", "threads": 2, "vllm": "0", "series": {}}
     for series in ("greedy", "sampled") if sampled else ("greedy",):

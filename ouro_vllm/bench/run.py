@@ -33,8 +33,9 @@ class Plan:
     """What to measure.
 
     model: folder or name. prompts: file with a JSON list of texts, None for the model's own.
-    modes: of `modes.MODES`. batches: most requests at once, rising. rounds: measurements per mode and batch size, after
-    one that warms up. tokens: per answer, on average. turns: requests per place in the batch, FEWEST_REQUESTS at least
+    modes: of `modes.MODES`. batches: most requests at once, rising. starts: how often engines are started anew, because
+    one process can be faster than the next of the same kind throughout, by where its memory lies. rounds: measurements
+    per start, mode and batch size, after one that warms up. tokens: per answer, on average. turns: requests per place in the batch, FEWEST_REQUESTS at least
     in all; count: instead of these, how many in all at every batch size that is no larger. passes, drafts, window: see
     `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see `figures.PROJECTION`. context: tokens per
     prompt, cut from all texts in a row; None for the prompts as they are.
@@ -44,6 +45,7 @@ class Plan:
     prompts: Path | None
     modes: list[str]
     batches: list[int]
+    starts: int
     rounds: int
     tokens: int
     turns: int
@@ -126,32 +128,59 @@ def measure(plan: Plan, prompts: list[str], keep: Callable[[dict[str, Any]], Non
         BenchError: an engine did not start, failed or died.
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, the engines having been stopped.
     """
-    children: dict[str, Child] = {}
+    figures: dict[str, Any] = {}
+    references: dict[str, list[list[int]]] = {series: [] for series in SERIES}
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="ouro-vllm-bench-") as folder:
-        try:
-            facts = {}
-            for mode in plan.modes:
-                print(f"{mode}: starting (vLLM compiles the model the first time) ...", flush=True)
-                children[mode] = Child(mode, WORKER, child_environment(), Path(folder, f"{mode}.log"))
-                facts[mode] = children[mode].ask({"start": start_message(plan, mode, prompts)})
-                print(f"{mode}: ready after {facts[mode]['start_seconds']:.0f} s", flush=True)
-            figures = heading(plan, facts)
-            for series, temperature in SERIES.items():
-                if series == "greedy" or plan.sampled:
-                    reference: list[list[int]] = []
-                    figures["series"][series] = {mode: {} for mode in plan.modes}
-                    for batch in plan.batches:
-                        cells = alternate(plan, children, batch, temperature, reference)
-                        for mode, rounds in cells.items():
-                            kept = [as_json(one) for one in rounds]
-                            figures["series"][series][mode][str(batch)] = {"rounds": kept}
-                        summarise(figures, plan.flat_rows)
-                        keep(figures)
-            return figures
-        finally:
-            stop_all(children.values(), GRACE_SECONDS)
-            signal.signal(signal.SIGTERM, before)
+    try:
+        for start in range(1, plan.starts + 1):
+            if plan.starts > 1:
+                print(f"start {start} of {plan.starts}", flush=True)
+            children: dict[str, Child] = {}
+            with tempfile.TemporaryDirectory(prefix="ouro-vllm-bench-") as folder:
+                try:
+                    facts = start_all(plan, prompts, children, Path(folder))
+                    figures = figures or heading(plan, facts)
+                    ask_all(plan, children, references, figures, keep)
+                finally:
+                    stop_all(children.values(), GRACE_SECONDS)
+        return figures
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def start_all(plan: Plan, prompts: list[str], children: dict[str, Child], folder: Path) -> dict[str, dict[str, Any]]:
+    """Start an engine per mode; returns what each says of itself. children: filled in, that they can be stopped if one
+    does not start. folder: takes their logs."""
+    facts = {}
+    for mode in plan.modes:
+        print(f"{mode}: starting (vLLM compiles the model the first time) ...", flush=True)
+        children[mode] = Child(mode, WORKER, child_environment(), folder / f"{mode}.log")
+        facts[mode] = children[mode].ask({"start": start_message(plan, mode, prompts)})
+        print(f"{mode}: ready after {facts[mode]['start_seconds']:.0f} s", flush=True)
+    return facts
+
+
+def ask_all(
+    plan: Plan,
+    children: dict[str, Child],
+    references: dict[str, list[list[int]]],
+    figures: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Everything to be measured after one start, added to `figures`, with all summaries worked out anew.
+
+    references: per series, see `alternate`. keep: takes the figures after every batch size.
+    """
+    for series, temperature in SERIES.items():
+        if series == "greedy" or plan.sampled:
+            modes = figures["series"].setdefault(series, {mode: {} for mode in plan.modes})
+            for batch in plan.batches:
+                cells = alternate(plan, children, batch, temperature, references[series])
+                for mode, rounds in cells.items():
+                    cell = modes[mode].setdefault(str(batch), {"rounds": []})
+                    cell["rounds"] += [as_json(one) for one in rounds]
+                summarise(figures, plan.flat_rows)
+                keep(figures)
 
 
 def start_message(plan: Plan, mode: str, prompts: list[str]) -> dict[str, Any]:
@@ -214,6 +243,7 @@ def heading(plan: Plan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "model": Path(plan.model).name,
         "dtype": plan.dtype,
         "loops": base["loops"],
+        "starts": plan.starts,
         "rounds": plan.rounds,
         "parts": PARTS,
         "tokens": plan.tokens,
