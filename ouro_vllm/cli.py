@@ -311,8 +311,8 @@ def plan_of(args: argparse.Namespace, compared: list[str], sizes: list[int]) -> 
         window=args.kv_window,
         context=args.context,
         count=args.requests,
-        **{name: getattr(args, name) for name in ("prompts", "starts", "rounds", "tokens", "turns", "passes", "drafts")},
-        **{name: getattr(args, name) for name in ("dtype", "sampled", "flat_rows")},
+        **{name: getattr(args, name) for name in ("prompts", "starts", "rounds", "tokens", "turns", "passes")},
+        **{name: getattr(args, name) for name in ("drafts", "dtype", "sampled", "flat_rows")},
     )
 
 

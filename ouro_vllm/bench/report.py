@@ -121,10 +121,10 @@ def notes(figures: dict[str, Any]) -> str:
     least, most = min(sizes, key=int), max(sizes, key=int)
     again = f" after each of {figures['starts']} starts of the engines" if figures["starts"] > 1 else ""
     said = [
-        f"Rounds: {figures['rounds']}{again}, each in about {figures['parts']} parts, the modes in turn. At batch b at most b "
-        f"requests at once, a new one as soon as one is done, {sizes[least]} in all at batch {least} and {sizes[most]} "
-        f"at batch {most}, of {figures['tokens']} tokens on average, from half to half as many again; until these are "
-        "done others take the places that get free, and what those are given counts, too. "
+        f"Rounds: {figures['rounds']}{again}, each in about {figures['parts']} parts, the modes in turn. At batch b at "
+        f"most b requests at once, a new one as soon as one is done, {sizes[least]} in all at batch {least} and "
+        f"{sizes[most]} at batch {most}, of {figures['tokens']} tokens on average, from half to half as many again; "
+        "until these are done others take the places that get free, and what those are given counts, too. "
         f"{figures['device'].upper()}, {figures['threads']} threads, vLLM {figures['vllm']}.",
         f"Ratios are medians over the rounds. Outputs are compared with {BASE}'s of the same round; {BASE}'s own with "
         f"those it gave at batch {least}, which shows what batching alone changes.",

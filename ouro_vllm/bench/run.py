@@ -33,12 +33,12 @@ class Plan:
     """What to measure.
 
     model: folder or name. prompts: file with a JSON list of texts, None for the model's own.
-    modes: of `modes.MODES`. batches: most requests at once, rising. starts: how often engines are started anew, because
-    one process can be faster than the next of the same kind throughout, by where its memory lies. rounds: measurements
-    per start, mode and batch size, after one that warms up. tokens: per answer, on average. turns: requests per place in the batch, FEWEST_REQUESTS at least
-    in all; count: instead of these, how many in all at every batch size that is no larger. passes, drafts, window: see
-    `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see `figures.PROJECTION`. context: tokens per
-    prompt, cut from all texts in a row; None for the prompts as they are.
+    modes: of `modes.MODES`. batches: most requests at once, rising. starts: how often engines are started anew, since
+    one process can be faster than the next of its kind throughout, by where its memory lies. rounds: measurements per
+    start, mode and batch size, after one that warms up. tokens: per answer, on average. turns: requests per place in
+    the batch, FEWEST_REQUESTS at least in all; count: instead of these, how many in all at every batch size that is no
+    larger. passes, drafts, window: see `modes.engine_options`. sampled: the second of SERIES too. flat_rows: see
+    `figures.PROJECTION`. context: tokens per prompt, cut from all texts in a row; None for the prompts as they are.
     """
 
     model: str
