@@ -188,8 +188,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--batch", type=batches, default=[1, 2, 4, 8], help="requests at once (default: 1,2,4,8)")
     for name, default, what in (
-        ("--rounds", 5, "measurements per mode and batch, after one that warms up"),
-        ("--starts", 1, "how often the engines are started anew, for as many rounds again"),
+        ("--rounds", 5, "measurements per start, mode and batch, after one that warms up"),
+        ("--starts", 1, "starts of the engines, each followed by all rounds; not with --exit"),
         ("--tokens", 128, "tokens per answer, on average: from half as many to half as many again"),
         ("--turns", 4, "requests per place in the batch, 6 at least in all"),
         ("--passes", 8, "passes per engine step of the wavefront"),
@@ -294,6 +294,9 @@ def run_exits(args: argparse.Namespace, results: Any) -> int:
 
     if args.source is not None:
         print("--exit measures anew: leave out --from.", file=sys.stderr)
+        return 1
+    if args.starts > 1:
+        print("--exit starts its engines once: leave out --starts.", file=sys.stderr)
         return 1
     speed = plan_of(args, [BASE, "wavefront"], args.batch[:1])
     plan = measure.Plan(speed, args.text, args.text_tokens, args.sums, args.thresholds)

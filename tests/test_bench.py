@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from ouro_vllm import cli, cpu
-from ouro_vllm.bench import figures, modes, report, run, worker
+from ouro_vllm.bench import children, figures, modes, report, run, worker
 from ouro_vllm.bench.children import Child
 from ouro_vllm.bench.figures import Measurement
 
@@ -27,7 +27,7 @@ import json, os, signal, sys, time
 behaviour, folder = sys.argv[1:]
 print("the fake worker is here", file=sys.stderr, flush=True)
 mode = ""
-log = open(os.path.join(folder, f"asked-{os.getpid()}"), "w")
+log = open(os.path.join(folder, "asked", str(os.getpid())), "w")
 for line in sys.stdin:
     log.write(line)
     log.flush()
@@ -35,7 +35,8 @@ for line in sys.stdin:
     if "start" in question:
         options = question["start"]["options"]
         drafts = "speculative_config" in options
-        if behaviour == "dies" and drafts:
+        started = len(os.listdir(os.path.join(folder, "asked")))  # this one and those of earlier starts among them
+        if drafts and (behaviour == "dies" or (behaviour == "dies later" and started > 2)):
             sys.exit("no weights to be found")
         answer = {"loops": 4, "prompt_tokens": [3, 5], "kv_gib": 1.0, "start_seconds": 2.0}
         answer |= {"device": "cpu", "threads": 2, "vllm": "0", "torch": "0"}
@@ -55,6 +56,8 @@ for line in sys.stdin:
         passes = 2 if drafts else 4
         one |= {"passes": passes * tokens, "rows": 5 * tokens, "lane_passes": passes * tokens, "committed": tokens}
         one |= {"pass_seconds": one["seconds"] / 2}
+        if behaviour == "slows down":
+            one["first_token"] = started
         if drafts:
             one |= {"agreed": [7, 9, 9, 10], "judged": [10] * 4, "entries": {"1": 3}, "restarts": tokens // 10}
         outputs = [[i, i, i] for i in range(number)]
@@ -70,6 +73,7 @@ for line in sys.stdin:
 def fake(tmp_path, monkeypatch):
     """Makes bench start FAKE_WORKER with the given behaviour. Returns the folder of a checkpoint with prompts."""
     (tmp_path / "fake.py").write_text(FAKE_WORKER)
+    (tmp_path / "asked").mkdir()
     (tmp_path / "prompts.json").write_text(json.dumps(["Once", "Twice"]))
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(run, "GRACE_SECONDS", 0.2)
@@ -83,13 +87,13 @@ def fake(tmp_path, monkeypatch):
 
 def asked(folder: str) -> list[list[dict]]:
     """What each fake worker was asked, in the order in which they were started."""
-    logs = sorted(Path(folder).glob("asked-*"), key=lambda log: int(log.name.partition("-")[2]))
+    logs = sorted(Path(folder, "asked").iterdir(), key=lambda log: int(log.name))
     return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
 
 
 def gone(folder: str) -> bool:
     """Whether all fake workers have ended."""
-    pids = [int(log.name.partition("-")[2]) for log in Path(folder).glob("asked-*")]
+    pids = [int(log.name) for log in Path(folder, "asked").iterdir()]
     return bool(pids) and not any(map(state, pids))
 
 
@@ -144,17 +148,69 @@ def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake):
     }
 
 
-def test_engines_are_started_anew_and_all_rounds_count(fake, tmp_path, capsys):
-    folder, saved = fake("good"), tmp_path / "figures.json"
+@pytest.fixture
+def stops(monkeypatch, tmp_path) -> list[bool]:
+    """Per call of `stop_all`, whether all fake workers had ended behind it."""
+    found = []
+
+    def stop(given, grace):
+        children.stop_all(given, grace)
+        found.append(gone(tmp_path))
+
+    monkeypatch.setattr(run, "stop_all", stop)
+    return found
+
+
+def test_engines_are_started_anew_and_all_rounds_count(fake, stops, tmp_path, capsys):
+    folder, saved = fake("slows down"), tmp_path / "figures.json"
     arguments = ["--batch", "1,2", "--rounds", "2", "--starts", "3", "--modes", "plain,wavefront", "--json", str(saved)]
-    assert cli.main(["bench", folder, *arguments]) == 0
+    assert cli.main(["bench", folder, "--sampled", *arguments]) == 0
     said = [[next(iter(question)) for question in child] for child in asked(folder)]
-    assert said == [["start"] + ["measure"] * 6] * 6  # two modes, three starts
-    assert gone(folder)
+    assert said == [["start"] + ["measure"] * 12] * 6  # two modes, three starts
+    assert stops == [True] * 3
     written = json.loads(saved.read_text())
-    for cells in written["series"]["greedy"].values():
-        assert {batch: len(cell["rounds"]) for batch, cell in cells.items()} == {"1": 6, "2": 6}
+    for series in ("greedy", "sampled"):
+        for batch in ("1", "2"):
+            rounds = {mode: cells[batch]["rounds"] for mode, cells in written["series"][series].items()}
+            assert [one["first_token"] for one in rounds["plain"]] == [1, 1, 3, 3, 5, 5]
+            assert [one["first_token"] for one in rounds["wavefront"]] == [2, 2, 4, 4, 6, 6]
     assert "Rounds: 2 after each of 3 starts of the engines, each in about" in capsys.readouterr().out
+
+
+def test_a_later_start_that_fails_leaves_what_was_measured(fake, stops, tmp_path, capsys):
+    folder, saved = fake("dies later"), tmp_path / "figures.json"
+    arguments = ["--batch", "1", "--rounds", "2", "--starts", "3", "--modes", "plain,wavefront", "--json", str(saved)]
+    assert cli.main(["bench", folder, *arguments]) == 1
+    assert "wavefront: the engine's process died" in capsys.readouterr().err
+    assert stops == [True] * 2
+    written = json.loads(saved.read_text())
+    assert written["starts"] == 1 and len(written["series"]["greedy"]["plain"]["1"]["rounds"]) == 2
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("moment", ["hint", "stop"])
+def test_an_interrupt_while_children_are_stopped_ends_all_at_once_and_is_passed_on(moment, interrupt):
+    did = []
+
+    class Reluctant(Child):
+        def __init__(self, name):
+            self.name = name
+
+        def hint(self):
+            self.note("hint", None)
+
+        def stop(self, grace):
+            self.note("stop", grace)
+
+        def note(self, what, grace):
+            did.append((self.name, what, grace))
+            if (self.name, what) == ("a", moment):
+                raise interrupt
+
+    with pytest.raises(interrupt):
+        children.stop_all([Reluctant("a"), Reluctant("b")], 9.0)
+    first = 9.0 if moment == "stop" else 0
+    assert did == [("a", "hint", None), ("b", "hint", None), ("a", "stop", first), ("b", "stop", 0)]
 
 
 def test_as_many_requests_at_every_batch_size(fake):
@@ -212,7 +268,7 @@ def test_a_child_that_waits_ends_when_its_parent_is_killed(fake, tmp_path):
     code += "Child('m', sys.argv[1:], {}, Path('/dev/null')); print(flush=True); time.sleep(3600)"
     parent = subprocess.Popen([sys.executable, "-c", code, *run.WORKER], stdout=subprocess.PIPE)
     parent.stdout.readline()
-    wait_for(lambda: list(tmp_path.glob("asked-*")))
+    wait_for(lambda: list(tmp_path.glob("asked/*")))
     parent.kill()
     parent.communicate()
     wait_for(lambda: gone(folder))

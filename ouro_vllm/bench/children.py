@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,20 @@ class Child:
 
 
 def stop_all(children: Iterable[Child], grace: float) -> None:
-    """Stop them all; a Ctrl-C meanwhile kills what is left at once."""
-    children = list(children)
-    for child in children:
-        child.hint()
-    for child in children:
+    """Stop them all.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM meanwhile, all that was left having been killed at once.
+    """
+    interrupt = None
+    for hinted, child in product((False, True), list(children)):
         try:
-            child.stop(grace)
-        except KeyboardInterrupt:
+            if hinted:
+                child.stop(grace)
+            else:
+                child.hint()
+        except (KeyboardInterrupt, SystemExit) as error:
             print("Not waiting any longer.", file=sys.stderr)
-            grace = 0
+            grace, interrupt = 0, error
+    if interrupt is not None:
+        raise interrupt

@@ -120,11 +120,12 @@ def notes(figures: dict[str, Any]) -> str:
     sizes = figures["requests"]
     least, most = min(sizes, key=int), max(sizes, key=int)
     again = f" after each of {figures['starts']} starts of the engines" if figures["starts"] > 1 else ""
+    answered = f"{sizes[least]} in all at batch {least}" + f" and {sizes[most]} at batch {most}" * (least != most)
     said = [
         f"Rounds: {figures['rounds']}{again}, each in about {figures['parts']} parts, the modes in turn. At batch b at "
-        f"most b requests at once, a new one as soon as one is done, {sizes[least]} in all at batch {least} and "
-        f"{sizes[most]} at batch {most}, of {figures['tokens']} tokens on average, from half to half as many again; "
-        "until these are done others take the places that get free, and what those are given counts, too. "
+        f"most b requests at once, a new one as soon as one is done, {answered}, of {figures['tokens']} tokens on "
+        "average, from half to half as many again; until these are done others take the places that get free, and "
+        "what those are given counts, too. "
         f"{figures['device'].upper()}, {figures['threads']} threads, vLLM {figures['vllm']}.",
         f"Ratios are medians over the rounds. Outputs are compared with {BASE}'s of the same round; {BASE}'s own with "
         f"those it gave at batch {least}, which shows what batching alone changes.",

@@ -122,14 +122,15 @@ def child_environment() -> dict[str, str]:
 
 
 def measure(plan: Plan, prompts: list[str], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Start the engines, ask them in turn, stop them whatever happens. keep: takes the figures so far.
+    """Start the engines, ask them in turn, stop them whatever happens; `plan.starts` times, all rounds in one.
+
+    keep: takes the figures so far.
 
     Raises:
         BenchError: an engine did not start, failed or died.
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, the engines having been stopped.
     """
     figures: dict[str, Any] = {}
-    references: dict[str, list[list[int]]] = {series: [] for series in SERIES}
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         for start in range(1, plan.starts + 1):
@@ -140,7 +141,8 @@ def measure(plan: Plan, prompts: list[str], keep: Callable[[dict[str, Any]], Non
                 try:
                     facts = start_all(plan, prompts, children, Path(folder))
                     figures = figures or heading(plan, facts)
-                    ask_all(plan, children, references, figures, keep)
+                    figures["starts"] = start
+                    ask_all(plan, children, figures, keep)
                 finally:
                     stop_all(children.values(), GRACE_SECONDS)
         return figures
@@ -161,21 +163,18 @@ def start_all(plan: Plan, prompts: list[str], children: dict[str, Child], folder
 
 
 def ask_all(
-    plan: Plan,
-    children: dict[str, Child],
-    references: dict[str, list[list[int]]],
-    figures: dict[str, Any],
-    keep: Callable[[dict[str, Any]], None],
+    plan: Plan, children: dict[str, Child], figures: dict[str, Any], keep: Callable[[dict[str, Any]], None]
 ) -> None:
     """Everything to be measured after one start, added to `figures`, with all summaries worked out anew.
 
-    references: per series, see `alternate`. keep: takes the figures after every batch size.
+    keep: takes the figures after every batch size.
     """
     for series, temperature in SERIES.items():
         if series == "greedy" or plan.sampled:
+            reference: list[list[int]] = []
             modes = figures["series"].setdefault(series, {mode: {} for mode in plan.modes})
             for batch in plan.batches:
-                cells = alternate(plan, children, batch, temperature, references[series])
+                cells = alternate(plan, children, batch, temperature, reference)
                 for mode, rounds in cells.items():
                     cell = modes[mode].setdefault(str(batch), {"rounds": []})
                     cell["rounds"] += [as_json(one) for one in rounds]
@@ -206,8 +205,8 @@ def alternate(
 ) -> dict[str, list[Measurement]]:
     """All rounds at one batch size, but the one that warms up.
 
-    reference: plain's first answers of the series, filled in here at the smallest batch size. Plain is compared with
-    these, which shows what batching alone changes; the others with plain in the same round.
+    reference: plain's first answers of the series since the start, filled in here at the smallest batch size. Plain is
+    compared with these, which shows what batching alone changes; the others with plain in the same round.
     """
     order = sorted(plan.modes, key=lambda mode: mode != BASE)
     rounds: dict[str, list[Measurement]] = {mode: [] for mode in order}
@@ -237,13 +236,12 @@ def in_turn(children: dict[str, Child], question: dict[str, Any]) -> dict[str, d
 
 
 def heading(plan: Plan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the figures are of; `series` is still empty."""
+    """What the figures are of; `series` is still empty. facts: of the first start."""
     base = facts[BASE]
     return {
         "model": Path(plan.model).name,
         "dtype": plan.dtype,
         "loops": base["loops"],
-        "starts": plan.starts,
         "rounds": plan.rounds,
         "parts": PARTS,
         "tokens": plan.tokens,
