@@ -4,7 +4,6 @@ An engine in the same process starts in seconds (no further process has to impor
 process layout is tested on a real server, which is started once for all tests that ask for it.
 """
 
-import gc
 import json
 import os
 import socket
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -31,7 +29,6 @@ CHECKPOINT = ROOT / "examples" / "ouro-tiny"
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 MODEL = "ouro-tiny"  # what the server calls it
-UP: list[Any] = []  # engines in this process
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
 # Kernels run under Triton's interpreter, which holds for a whole process: test_kernels.py starts one for them.
@@ -57,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @contextmanager
 def running(folder: str | Path = CHECKPOINT, **options) -> Iterator:
     """An engine for the body: float32, no compilation, 1,024 tokens of context unless `options` say otherwise."""
-    from vllm import LLM, envs
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "seed": 0, "disable_log_stats": True}
@@ -66,18 +63,11 @@ def running(folder: str | Path = CHECKPOINT, **options) -> Iterator:
     llm = None
     try:
         llm = LLM(str(folder), **{**defaults, **options})
-        UP.append(llm)
         yield llm
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-            UP.remove(llm)
-        if UP:  # they need the process groups
-            envs.disable_envs_cache()
-            gc.unfreeze()
-            gc.collect()
-        else:
-            cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="session")
