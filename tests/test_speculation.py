@@ -153,11 +153,23 @@ def swift(engine):
 
 
 @pytest.fixture(scope="module")
-def bank(plain, heldout):
-    """(prompt, plain answer of TOKENS tokens), COUNT of them; the first have the lengths NAMED."""
+def answered(plain, heldout):
+    """`bank` and `seeded`, at once: vLLM takes its process groups from `plain` when any other engine is closed."""
     rng = random.Random(20)
     asked = prompts(heldout, NAMED + [rng.randint(1, 60) for _ in range(COUNT - len(NAMED))], seed=21)
-    return list(zip(asked, greedy(plain, asked, TOKENS), strict=True))
+    return list(zip(asked, greedy(plain, asked, TOKENS), strict=True)), sampled(plain, asked[:12])
+
+
+@pytest.fixture(scope="module")
+def bank(answered):
+    """(prompt, plain answer of TOKENS tokens), COUNT of them; the first have the lengths NAMED."""
+    return answered[0]
+
+
+@pytest.fixture(scope="module")
+def seeded(answered):
+    """Plain answers of `sampled` to the bank's first prompts."""
+    return answered[1]
 
 
 def named(bank, *lengths):
@@ -444,12 +456,6 @@ def sampled(llm, asked, first_seed=100, **more):
     """Every prompt with a seed of its own, the kinds of sampling taking turns."""
     wishes = [params(**SAMPLED[n % len(SAMPLED)], seed=first_seed + n, **more) for n in range(len(asked))]
     return [tokens for (tokens,) in tokens_of(ask(llm, asked, wishes))]
-
-
-@pytest.fixture(scope="module")
-def seeded(plain, bank):
-    """Plain answers of `sampled` to the bank's first prompts."""
-    return sampled(plain, [ids for ids, _ in bank[:12]])
 
 
 def test_a_seed_repeats_itself(plain, swift, bank, seeded):
