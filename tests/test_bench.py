@@ -131,9 +131,10 @@ def test_bench_measures_every_mode_and_batch_and_writes_what_it_found(fake, tmp_
     assert gone(folder)
 
 
-def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake):
+def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake, capsys):
     folder = fake("good")
     assert cli.main(["bench", folder, "--batch", "2", "--rounds", "2", "--modes", "draft-verify,plain"]) == 0
+    assert "as soon as one is done, 8 in all at batch 2, of 128 tokens" in capsys.readouterr().out
     textbook, plain = asked(folder)
     assert [list(question) for question in plain] == [["start"]] + [["measure"]] * 3
     question = {"batch": 2, "requests": 8, "temperature": 0.0, "parts": run.PARTS}

@@ -255,3 +255,5 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path, capsys
     assert "fewer than 2 tokens" in capsys.readouterr().err
     assert main(["bench", "--exit", "--from", str(prompts)]) == 1
     assert "leave out --from" in capsys.readouterr().err
+    assert main(["bench", "--exit", "--starts", "2"]) == 1
+    assert "leave out --starts" in capsys.readouterr().err
