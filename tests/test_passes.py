@@ -2,14 +2,17 @@
 
 import random
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
 import torch
+from vllm import _custom_ops as ops
 
 from ouro_vllm import runner
 from ouro_vllm.runner import LoopPasses
 from ouro_vllm.sharing import LAST, Sharing
+from ouro_vllm.wavefront.flight import Row
 from ouro_vllm.wavefront.tensors import Passes, Step
 from ouro_vllm.wavefront.waves import Chunk
 
@@ -109,3 +112,110 @@ def test_each_loop_asks_its_own_builder(monkeypatch):
     own._attention, own._made = [Group() for _ in range(LOOPS)], (None, None)
     made = [own._metadata(common, loop) for loop, common in enumerate(machine.lockstep([Chunk(0, 3, 1, 0, LOOPS)]))]
     assert [table[0, 0] for table in made] == machine.step.tables[:, 0, 0].tolist()
+
+
+def in_flight(dice, lanes, most=150):
+    """(lane, row) of random flights: consecutive positions, none deeper than the one before it."""
+    rows, slots = [], iter(range(64))
+    for lane in dice.sample(range(lanes), lanes):
+        first, count = dice.randint(0, most), dice.randint(1, 3 * LOOPS)
+        depths = sorted((dice.randrange(LOOPS) for _ in range(count)), reverse=True)
+        rows += [(lane, Row(first + place, 0, next(slots), depth)) for place, depth in enumerate(depths)]
+    return rows
+
+
+def one_pass(machine, step, rows, chunks=()):
+    """What the model is told in a pass of these, and the hidden states it is given; the pool is left counted up."""
+    told = []
+    machine.pool = torch.arange(64.0)[:, None].repeat(1, HIDDEN)
+    machine.embed = lambda tokens: torch.full((len(tokens), HIDDEN), -1.0)
+    machine.model = lambda positions, hidden, common: told.append((hidden, common)) or hidden + 1000
+    machine.step = replace(step, chunk_ids=torch.zeros(sum(chunk.tokens for chunk in chunks), dtype=torch.int64))
+    machine.run(rows, [], chunks, 1)
+    return told[0]
+
+
+def slots_read(common):
+    """Of each query of a pass, the slots of the keys that it sees."""
+    seen = []
+    for number in range(common.num_reqs):
+        queries = int(common.query_start_loc[number + 1] - common.query_start_loc[number])
+        ends = range(int(common.seq_lens[number]) - queries + 1, int(common.seq_lens[number]) + 1)
+        table = common.block_table_tensor[number].tolist()
+        seen += [[table[at // BLOCK] * BLOCK + at % BLOCK for at in range(end)] for end in ends]
+    return seen
+
+
+@pytest.mark.parametrize("window", [None, 8, 40])
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_share_a_sequence_read_what_each_of_them_would(window, kernels, seed):
+    """Guesses that entered together stand at one depth, side by side: their keys are to be read once for all."""
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    sharing = None if window is None else Sharing(LAST, window, BLOCK)
+    prompts = [dice.randint(1, 100) for _ in range(3)]
+    step = Step(torch.randperm(1000)[: (LOOPS * 3 * WIDTH)].reshape(LOOPS, 3, WIDTH).int(), prompts)
+    rows = in_flight(dice, lanes=3)
+    chunks = [Chunk(0, 200, 1, 0, LOOPS), Chunk(1, 205, 3, 1, LOOPS)]
+    hidden, common = one_pass(passes(sharing, kernels), step, rows, chunks)
+    everyone = [(lane, row.position, row.depth) for lane, row in rows]
+    everyone += [(chunk.index, chunk.start + place, 0) for chunk in chunks for place in range(chunk.tokens)]
+    seen, starts = slots_read(common), []
+    for number, (lane, position, depth) in enumerate(everyone):
+        own, shared = step.tables[depth, lane].tolist(), step.tables[-1, lane].tolist()
+        start = 0 if sharing is None else sharing.start(position, prompts[lane])
+        starts.append(start)
+        blocks = [shared[at] if (at + 1) * BLOCK <= start else own[at] for at in range(WIDTH)]
+        assert seen[number] == [blocks[at // BLOCK] * BLOCK + at % BLOCK for at in range(position + 1)]
+        assert common.slot_mapping[number] == own[position // BLOCK] * BLOCK + position % BLOCK
+    assert common.positions.tolist() == [position for _, position, _ in everyone]
+    given = [-1.0 if row.depth == 0 else float(row.slot) for _, row in rows] + [-1.0] * 4
+    assert hidden[:, 0].tolist() == given
+    one_each = list(groupby((lane, row.depth, start) for (lane, row), start in zip(rows, starts, strict=False)))
+    assert common.num_reqs == len(one_each) + len(chunks) and len(one_each) < len(rows)
+    assert common.is_prefilling.tolist() == [False] * (len(one_each) + 1) + [True]
+    if kernels:
+        columns = (common.request, common.own, common.position, common.window_start)
+        wanted = [(lane, depth, at, start) for (lane, at, depth), start in zip(everyone, starts, strict=True)]
+        assert list(zip(*(column.tolist() for column in columns), strict=True)) == wanted
+
+
+def test_what_a_pass_computes_stays_with_its_row():
+    machine, rows = passes(None), in_flight(random.Random(7), lanes=3)
+    one_pass(machine, Step(torch.zeros(LOOPS, 3, WIDTH, dtype=torch.int32)), rows)
+    for _, row in rows:
+        assert machine.pool[row.slot, 0] == 1000 + (row.slot if row.depth else -1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_attention_of_rows_together_is_that_of_each_alone(seed):
+    """vLLM's own kernel for CPUs, float32, on caches that are NaN in blocks that no row is to read.
+
+    Where a block ends behind a row, that kernel multiplies what it does not read by 0: there it is large instead.
+    """
+    dice, heads, size = random.Random(seed), 3, 32
+    torch.manual_seed(seed)
+    rows, step = in_flight(dice, lanes=3), Step(torch.randperm(LOOPS * 3 * WIDTH).reshape(LOOPS, 3, WIDTH).int())
+    _, common = one_pass(passes(None), step, rows)
+    cache = torch.full((LOOPS * 3 * WIDTH, heads, 2 * BLOCK, size), torch.nan)
+    keys, values = cache.chunk(2, dim=2)
+    seen = slots_read(common)
+    written = torch.tensor(sorted({slot for slots in seen for slot in slots}))
+    cache[written // BLOCK] = 1e4
+    key, value = torch.randn(2, len(written), heads, size)
+    ops.cpu_attn_reshape_and_cache(key, value, keys, values, written, "vec")
+    query = torch.randn(len(rows), heads, size)
+    output = torch.full_like(query, torch.nan)
+    starts, lengths, scale = common.query_start_loc, common.seq_lens, size**-0.5
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        common.num_reqs, heads, heads, size, lengths, torch.float32, starts, True, -1, "vec", True
+    )
+    ops.cpu_attention_with_kv_cache(
+        query, keys, values, output, starts, lengths, scale, True, None, -1, common.block_table_tensor, 0.0, plan, None
+    )
+    place = {int(slot): number for number, slot in enumerate(written)}
+    for number, slots in enumerate(seen):
+        of = [place[slot] for slot in slots]
+        chances = (torch.einsum("hd,nhd->hn", query[number], key[of]) * scale).softmax(-1)
+        torch.testing.assert_close(output[number], torch.einsum("hn,nhd->hd", chances, value[of]), atol=1e-5, rtol=1e-5)

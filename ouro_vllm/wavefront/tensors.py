@@ -4,12 +4,14 @@ Rows of every depth go through one attention call per layer: the caches of all l
 loop shows only in the block ids it is given (see `ouro_vllm.kv`). Where loops share older keys and values, a
 row's table is put together from two: shared blocks before its window, its own loop's from there on (see
 `ouro_vllm.sharing`).
-A row is a sequence of one query to the attention backend; a chunk is a sequence of many.
+To the attention backend a chunk is a sequence of many queries. So are rows of one request that stand side by side at
+one depth, as guesses do that entered together: their keys and values are read once for all of them. Any other row is a
+sequence of one query.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,19 @@ from ouro_vllm.kv import fold
 from ouro_vllm.sharing import Sharing
 from ouro_vllm.wavefront.flight import Row
 from ouro_vllm.wavefront.waves import Chunk
+
+
+class Span(NamedTuple):
+    """A sequence of a pass: `tokens` positions of batch row `lane` up to `end`, none after it, at one depth.
+
+    depth: loops they have run. chunk: see `Chunk`; rows otherwise.
+    """
+
+    lane: int
+    end: int
+    tokens: int
+    depth: int
+    chunk: bool
 
 
 @dataclass(frozen=True)
@@ -112,12 +127,12 @@ class Passes:
         """See `waves.Machine`. Hidden states of rows are read from and written to the pool at their slots."""
         step = self.step
         assert step is not None
-        depths = [row.depth for _, row in rows] + [loop - 1] * len(chunks)
         if rows:
-            layout, step.lockstep = self._layout(rows, chunks), None
-            apart = torch.tensor([depths, [row.slot for _, row in rows] + [0] * len(chunks)])
-            depth, slots = apart.to(self.device, non_blocking=True).unbind(0)
-            slots = slots[: len(rows)]
+            spans = self._together(rows) + _in_lockstep(chunks, loop)
+            layout, step.lockstep = self._layout(spans), None
+            depths = [span.depth for span in spans]
+            both = torch.tensor(depths + [row.slot for _, row in rows]).to(self.device, non_blocking=True)
+            depth, slots = both[: len(spans)], both[len(spans) :]
             table, written = self._blocks(layout, depth)
             new = [(row.slot, row.token) for _, row in rows if row.depth == 0]
             if new:
@@ -126,7 +141,7 @@ class Passes:
             hidden = self.pool[slots]
         else:
             layout, table, written = self._all_loops(chunks)
-            table, written = table[loop - 1], written[loop - 1]
+            depths, table, written = [loop - 1] * len(chunks), table[loop - 1], written[loop - 1]
         if chunks:
             if loop == 1:
                 step.chunk_hidden = self.embed(step.chunk_ids)
@@ -160,7 +175,7 @@ class Passes:
         """See `Step.lockstep`."""
         step = self.step
         if step.lockstep is None or len(step.lockstep[0].lanes) != len(chunks):
-            layout = self._layout((), chunks)
+            layout = self._layout(_in_lockstep(chunks, loop=1))
             step.lockstep = layout, *self._blocks(layout, slice(self.loops))
         return step.lockstep
 
@@ -181,11 +196,26 @@ class Passes:
                 return None
         return Step(step.tables, step.prompts, lockstep=(layout.onward(), table, written + 1))
 
-    def _layout(self, rows: Sequence[tuple[int, Row]], chunks: Sequence[Chunk]) -> Layout:
-        """Of rows and chunks, in this order."""
-        lanes = [index for index, _ in rows] + [chunk.index for chunk in chunks]
-        ends = [row.position + 1 for _, row in rows] + [chunk.start + chunk.tokens for chunk in chunks]
-        counts = [1] * len(rows) + [chunk.tokens for chunk in chunks]
+    def _together(self, rows: Sequence[tuple[int, Row]]) -> list[Span]:
+        """Rows as sequences, in their order. Those of one have one window."""
+        spans: list[Span] = []
+        for lane, row in rows:
+            last, end = spans[-1] if spans else None, row.position + 1
+            together = last is not None and last.lane == lane and last.depth == row.depth and last.end == row.position
+            if together and self._window_at(lane, end) == self._window_at(lane, last.end):
+                spans[-1] = last._replace(end=end, tokens=last.tokens + 1)
+            else:
+                spans.append(Span(lane, end, 1, row.depth, chunk=False))
+        return spans
+
+    def _window_at(self, lane: int, end: int) -> int:
+        """First position that the one before `end` reads of its own loop."""
+        return 0 if self.sharing is None else self.sharing.start(end - 1, self.step.prompts[lane])
+
+    def _layout(self, spans: Sequence[Span]) -> Layout:
+        """Of sequences, in this order."""
+        lanes, ends = [span.lane for span in spans], [span.end for span in spans]
+        counts = [span.tokens for span in spans]
         plan = torch.tensor([lanes, ends], dtype=torch.int64)
         lane, length = plan.to(self.device, non_blocking=True).unbind(0)
         if max(counts) > 1:
@@ -198,10 +228,7 @@ class Passes:
         else:
             starts = torch.arange(len(counts) + 1, dtype=torch.int32)
             sequence, positions = torch.arange(len(counts), device=self.device), length - 1
-        starts_at, before = [0] * len(lanes), None
-        if self.sharing is not None:
-            prompts = self.step.prompts
-            starts_at = [self.sharing.start(end - 1, prompts[index]) for index, end in zip(lanes, ends, strict=True)]
+        starts_at, before = [self._window_at(span.lane, span.end) for span in spans], None
         width = -(-max(ends) // self.block_size)
         if any(starts_at):
             before = torch.arange(width) < torch.tensor(starts_at)[:, None] // self.block_size
@@ -216,7 +243,7 @@ class Passes:
             max_query_len=max(counts),
             max_seq_len=max(ends),
             positions=positions,
-            is_prefilling=torch.tensor([count > 1 for count in counts]),
+            is_prefilling=torch.tensor([span.chunk and span.tokens > 1 for span in spans]),
         )
         return Layout(lanes, ends, counts, lane, width, starts_at, before, sequence, fields)
 
@@ -289,3 +316,8 @@ class Passes:
             places = torch.tensor(gone).to(self.device)
             hidden[places] = self.departed[slots[places]]
         return hidden
+
+
+def _in_lockstep(chunks: Sequence[Chunk], loop: int) -> list[Span]:
+    """Chunks as sequences, as they run `loop`."""
+    return [Span(chunk.index, chunk.start + chunk.tokens, chunk.tokens, loop - 1, chunk=True) for chunk in chunks]
