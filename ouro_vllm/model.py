@@ -34,6 +34,7 @@ from ouro_vllm.kv import LoopAttention, SharedAttention, WavefrontAttention
 from ouro_vllm.options import OuroOptions
 from ouro_vllm.passes import LoopCaches, layer_name
 from ouro_vllm.sharing import AVERAGE
+from ouro_vllm.sizes import rounded
 from ouro_vllm.weights import checked, expected_shapes
 
 
@@ -248,7 +249,12 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Readout: hidden states [N, D] after any loop -> logits [N, V] (None on ranks that do not sample)."""
-        return self.logits_processor(self.lm_head, hidden_states)
+        rows = hidden_states.shape[0]
+        padding = rounded(rows, hidden_states.device.type) - rows
+        if padding:
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, padding))
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        return None if logits is None else logits[:rows]
 
     def exit_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [N, D] after any loop -> logits [N] of lambda, the gate's chance of exiting at that loop."""

@@ -39,6 +39,7 @@ from ouro_vllm.names import EXITS, PLUGIN
 from ouro_vllm.options import speculates
 from ouro_vllm.plain import PlainDepths
 from ouro_vllm.sharing import AVERAGE, Sharing
+from ouro_vllm.sizes import rounded
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
 from ouro_vllm.wavefront.pacing import MOST_TIMED, Pace, StepReport
@@ -48,6 +49,7 @@ from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
 logger = init_logger(f"vllm.{PLUGIN}.runner")
 
 TIMED = 4  # passes per size, the first of which does not count
+MOST_COMPILED = 128  # rows in the largest pass that is compiled at the start, where sizes are
 
 
 class LoopPasses(PlainDepths):
@@ -124,17 +126,18 @@ class LoopPasses(PlainDepths):
     def time_passes(self) -> None:
         """Before the first request: what passes of 1, 2, 4, ... rows cost, for the pace to start with.
 
+        And one pass of every size that is compiled by itself, so that no trial of the pace has to pay for it.
         The rows are of no request; they stand in vLLM's null block. Every rank runs the same passes.
         """
         assert self._waves is not None
-        lanes = self.scheduler_config.max_num_seqs
-        sizes = [1 << power for power in range(MOST_TIMED.bit_length())]
+        timed = [1 << power for power in range(MOST_TIMED.bit_length())]
+        compiled = range(1, MOST_COMPILED + 1) if self.device.type == "cpu" else ()
         machine: Passes = self._waves.machine
-        for size in sizes:
-            if size > lanes * self._loops:
+        for size in sorted({*timed, *(rounded(rows, self.device.type) for rows in compiled)}):
+            if size > machine.pool.shape[0]:
                 break
             rows = [(0, Row(0, 0, slot)) for slot in range(size)]
-            for number in range(TIMED):
+            for number in range(TIMED if size in timed else 1):
                 tables = torch.zeros(len(self._pool.groups), 1, 1, dtype=torch.int32, device=self.device)
                 machine.step = Step(tables, prompts=[1])
                 began = perf_counter()
@@ -453,9 +456,9 @@ class LoopPasses(PlainDepths):
         """One pass of rows of any depth: positions [N], hidden [N, D] -> [N, D], valid until the next pass."""
         rows = positions.shape[0]
         mode, batch = self.cudagraph_dispatcher.dispatch(num_tokens=rows, invalid_modes={CUDAGraphMode.FULL})
-        slots = common.slot_mapping
-        if batch.num_tokens > rows:
-            padding = batch.num_tokens - rows
+        slots, computed = common.slot_mapping, max(batch.num_tokens, rounded(rows, self.device.type))
+        if computed > rows:
+            padding = computed - rows
             positions = torch.nn.functional.pad(positions, (0, padding))
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
             slots = torch.nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID)
@@ -463,7 +466,7 @@ class LoopPasses(PlainDepths):
         with set_forward_context(
             dict.fromkeys(self._layers, metadata),
             self.vllm_config,
-            num_tokens=batch.num_tokens,
+            num_tokens=computed,
             cudagraph_runtime_mode=mode,
             batch_descriptor=batch,
             slot_mapping=dict.fromkeys(self._layers, slots),

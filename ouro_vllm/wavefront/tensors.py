@@ -198,15 +198,16 @@ class Passes:
 
     def _together(self, rows: Sequence[tuple[int, Row]]) -> list[Span]:
         """Rows as sequences, in their order. Those of one have one window."""
-        spans: list[Span] = []
+        spans, last = [], [-1, 0, 0, 0]  # lane, end, tokens and depth of the sequence under way
         for lane, row in rows:
-            last, end = spans[-1] if spans else None, row.position + 1
-            together = last is not None and last.lane == lane and last.depth == row.depth and last.end == row.position
-            if together and self._window_at(lane, end) == self._window_at(lane, last.end):
-                spans[-1] = last._replace(end=end, tokens=last.tokens + 1)
+            end = row.position + 1
+            together = last[0] == lane and last[3] == row.depth and last[1] == row.position
+            if together and (self.sharing is None or self._window_at(lane, end) == self._window_at(lane, last[1])):
+                last[1], last[2] = end, last[2] + 1
             else:
-                spans.append(Span(lane, end, 1, row.depth, chunk=False))
-        return spans
+                last = [lane, end, 1, row.depth]
+                spans.append(last)
+        return [Span(*span, chunk=False) for span in spans]
 
     def _window_at(self, lane: int, end: int) -> int:
         """First position that the one before `end` reads of its own loop."""
@@ -219,12 +220,12 @@ class Passes:
         plan = torch.tensor([lanes, ends], dtype=torch.int64)
         lane, length = plan.to(self.device, non_blocking=True).unbind(0)
         if max(counts) > 1:
-            many = torch.tensor(counts, dtype=torch.int64)
-            starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
-            starts[1:] = many.cumsum(0)
-            of = torch.repeat_interleave(torch.arange(len(counts)), many)
-            at = (plan[1] - many)[of] + torch.arange(int(starts[-1])) - starts[of]
-            sequence, positions = of.to(self.device), at.to(self.device)
+            many, before_each = np.array(counts), np.zeros(len(counts) + 1, dtype=np.int64)
+            many.cumsum(out=before_each[1:])
+            of = np.repeat(np.arange(len(counts)), many)
+            at = (np.array(ends) - many - before_each[:-1])[of] + np.arange(len(of))
+            starts = torch.from_numpy(before_each).to(torch.int32)
+            sequence, positions = torch.from_numpy(np.stack([of, at])).to(self.device, non_blocking=True).unbind(0)
         else:
             starts = torch.arange(len(counts) + 1, dtype=torch.int32)
             sequence, positions = torch.arange(len(counts), device=self.device), length - 1
