@@ -468,9 +468,16 @@ def test_tables():
     assert "Agreement of depths 1, 2, 3 with 4 (greedy, wavefront-full, batch 1): 0.50, 0.50, 1.00." in text
     assert "projection, not a measurement" in text and "temperature 0.7:" in text
     assert "temperature 0.7" not in report.for_readme(example(sampled=False))
+    assert "6 in all at batch 1 and 32 at batch 8, of 10 tokens" in text
     for table in (report.overview(example(), "greedy"), report.details(example(), "greedy")):
         assert {len(row) for row in table} == {len(table[0])}
         assert len(table) == 1 + 2 * len(modes.MODES)
+
+
+def test_a_table_of_a_run_that_was_cut_short_names_what_it_holds():
+    planned = example()
+    planned["requests"]["64"] = 64
+    assert "6 in all at batch 1 and 32 at batch 8, of 10 tokens" in report.text(planned)
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -122,7 +122,8 @@ def summary(
 ) -> dict[str, Any]:
     """What the rounds of one mode at one batch size say.
 
-    base: plain's rounds at this size, in the same order; loops: R; flat: see `projected_ratio`.
+    base: plain's rounds at this size, in the same order; loops: R; flat: see `projected_ratio`. `kv_bytes_read` is what
+    rows read if each does by itself: those that share a sequence read less.
     """
     sums = summed(rounds)
     ratio = spread(one.rate / other.rate for one, other in zip(rounds, base, strict=True))

@@ -83,7 +83,7 @@ def details(figures: dict[str, Any], series: str) -> list[list[str]]:
             "outside passes",
             "first token, ms",
             "KV held per token of context, KiB",
-            "KV read per token, MiB",
+            "KV read per token, each row by itself, MiB",
             "first difference at token, median (least)",
             "entry loop",
             f"agreement of depths 1 to {figures['loops'] - 1} with {figures['loops']}",
@@ -117,7 +117,8 @@ def shares(values: list[float | None]) -> str:
 
 def notes(figures: dict[str, Any]) -> str:
     """How to read the tables."""
-    sizes = figures["requests"]
+    measured = {batch for modes in figures["series"].values() for cells in modes.values() for batch in cells}
+    sizes = {batch: count for batch, count in figures["requests"].items() if batch in measured}
     least, most = min(sizes, key=int), max(sizes, key=int)
     again = f" after each of {figures['starts']} starts of the engines" if figures["starts"] > 1 else ""
     answered = f"{sizes[least]} in all at batch {least}" + f" and {sizes[most]} at batch {most}" * (least != most)
