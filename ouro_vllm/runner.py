@@ -39,7 +39,7 @@ from ouro_vllm.names import EXITS, PLUGIN
 from ouro_vllm.options import speculates
 from ouro_vllm.plain import PlainDepths
 from ouro_vllm.sharing import AVERAGE, Sharing
-from ouro_vllm.sizes import rounded
+from ouro_vllm.sizes import compiled, rounded
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
 from ouro_vllm.wavefront.pacing import MOST_TIMED, Pace, StepReport
@@ -131,9 +131,8 @@ class LoopPasses(PlainDepths):
         """
         assert self._waves is not None
         timed = [1 << power for power in range(MOST_TIMED.bit_length())]
-        compiled = range(1, MOST_COMPILED + 1) if self.device.type == "cpu" else ()
         machine: Passes = self._waves.machine
-        for size in sorted({*timed, *(rounded(rows, self.device.type) for rows in compiled)}):
+        for size in sorted({*timed, *compiled(MOST_COMPILED, self.device.type)}):
             if size > machine.pool.shape[0]:
                 break
             rows = [(0, Row(0, 0, slot)) for slot in range(size)]

@@ -1,20 +1,24 @@
 """What passes read and write, without an engine: steps that carry on what the step before laid out."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from vllm import _custom_ops as ops
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from ouro_vllm import runner
 from ouro_vllm.runner import LoopPasses
 from ouro_vllm.sharing import LAST, Sharing
 from ouro_vllm.wavefront.flight import Row
 from ouro_vllm.wavefront.tensors import Passes, Step
-from ouro_vllm.wavefront.waves import Chunk
+from ouro_vllm.wavefront.waves import Chunk, Counts
 
 LOOPS, BLOCK, WIDTH, HIDDEN = 4, 32, 12, 8
 
@@ -33,6 +37,14 @@ def passes(sharing, kernels=False):
         sharing=sharing,
         kernels=kernels,
     )
+
+
+def dealt(seed, window):
+    """Dice, and with them a rule of sharing, None without a window, and the lengths of three prompts."""
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    sharing = None if window is None else Sharing(LAST, window, BLOCK)
+    return dice, sharing, [dice.randint(1, 100) for _ in range(3)]
 
 
 def told(machine, step, starts):
@@ -55,10 +67,7 @@ def assert_same(given, wanted):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_step_carried_on_is_the_step_laid_out_anew(window, kernels, seed):
     """Whenever it is carried on at all; and it is, but where a block or a window begins."""
-    dice = random.Random(seed)
-    torch.manual_seed(seed)
-    sharing = None if window is None else Sharing(LAST, window, BLOCK)
-    prompts = [dice.randint(1, 100) for _ in range(3)]
+    dice, sharing, prompts = dealt(seed, window)
     starts = [prompt + dice.randint(0, 60) for prompt in prompts]
     tables = torch.randint(100, (LOOPS, len(prompts), WIDTH), dtype=torch.int32)
     carrying, anew = passes(sharing, kernels), passes(sharing, kernels)
@@ -151,10 +160,7 @@ def slots_read(common):
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_that_share_a_sequence_read_what_each_of_them_would(window, kernels, seed):
     """Guesses that entered together stand at one depth, side by side: their keys are to be read once for all."""
-    dice = random.Random(seed)
-    torch.manual_seed(seed)
-    sharing = None if window is None else Sharing(LAST, window, BLOCK)
-    prompts = [dice.randint(1, 100) for _ in range(3)]
+    dice, sharing, prompts = dealt(seed, window)
     step = Step(torch.randperm(1000)[: (LOOPS * 3 * WIDTH)].reshape(LOOPS, 3, WIDTH).int(), prompts)
     rows = in_flight(dice, lanes=3)
     chunks = [Chunk(0, 200, 1, 0, LOOPS), Chunk(1, 205, 3, 1, LOOPS)]
@@ -219,3 +225,29 @@ def test_attention_of_rows_together_is_that_of_each_alone(seed):
         of = [place[slot] for slot in slots]
         chances = (torch.einsum("hd,nhd->hn", query[number], key[of]) * scale).softmax(-1)
         torch.testing.assert_close(output[number], torch.einsum("hn,nhd->hd", chances, value[of]), atol=1e-5, rtol=1e-5)
+
+
+def test_every_size_is_compiled_before_the_first_request():
+    """As far as there are slots for its rows; powers of two are timed as well."""
+    ran, counts = [], Counts()
+    machine = SimpleNamespace(pool=torch.zeros(40, 1), run=lambda rows, *_: ran.append(len(rows)))
+    machine.kept = lambda rows: torch.zeros(len(rows), 1)
+    own = SimpleNamespace(_waves=SimpleNamespace(machine=machine, counts=counts), device=torch.device("cpu"))
+    own._pool, own.model = SimpleNamespace(groups=[0]), SimpleNamespace(compute_logits=lambda hidden: hidden)
+    LoopPasses.time_passes(own)
+    assert list(dict.fromkeys(ran)) == [*range(1, 33), 34, 36, 38, 40]
+    assert [rows for rows, _ in counts.shapes] == [size for size in (1, 2, 4, 8, 16, 32) for _ in range(3)]
+
+
+def test_rows_beyond_those_asked_for_write_nowhere(monkeypatch):
+    told, dispatched = {}, (CUDAGraphMode.NONE, SimpleNamespace(num_tokens=33))
+    monkeypatch.setattr(runner, "set_forward_context", lambda *_, **fields: told.update(fields) or nullcontext())
+    monkeypatch.setattr(runner, "get_forward_context", SimpleNamespace)
+    model = SimpleNamespace(model=lambda positions, hidden: torch.stack([positions.float(), hidden[:, 0]], dim=1))
+    own = SimpleNamespace(device=torch.device("cpu"), vllm_config=None, _layers={"layer": None})
+    own.cudagraph_dispatcher = SimpleNamespace(dispatch=lambda **_: dispatched)
+    own._metadata, own.get_model = lambda common: common, lambda: model
+    positions, hidden, slots = torch.arange(33), torch.randn(33, 1), torch.arange(33) + 100
+    output = LoopPasses._one_pass(own, positions, hidden, SimpleNamespace(slot_mapping=slots))
+    assert torch.equal(output, torch.stack([positions.float(), hidden[:, 0]], dim=1))
+    assert told["num_tokens"] == 34 and told["slot_mapping"]["layer"].tolist() == [*slots.tolist(), PAD_SLOT_ID]

@@ -11,6 +11,7 @@ sequence of one query.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,16 +199,17 @@ class Passes:
 
     def _together(self, rows: Sequence[tuple[int, Row]]) -> list[Span]:
         """Rows as sequences, in their order. Those of one have one window."""
-        spans, last = [], [-1, 0, 0, 0]  # lane, end, tokens and depth of the sequence under way
-        for lane, row in rows:
-            end = row.position + 1
-            together = last[0] == lane and last[3] == row.depth and last[1] == row.position
-            if together and (self.sharing is None or self._window_at(lane, end) == self._window_at(lane, last[1])):
-                last[1], last[2] = end, last[2] + 1
-            else:
-                last = [lane, end, 1, row.depth]
-                spans.append(last)
-        return [Span(*span, chunk=False) for span in spans]
+        spans = []
+        for (lane, depth, *_), group in groupby(enumerate(rows), self._company):
+            members = list(group)
+            _, (_, newest) = members[-1]
+            spans.append(Span(lane, newest.position + 1, len(members), depth, chunk=False))
+        return spans
+
+    def _company(self, numbered: tuple[int, tuple[int, Row]]) -> tuple[int, int, int, int]:
+        """The same of rows that follow each other if they can share a sequence (third: if side by side)."""
+        number, (lane, row) = numbered
+        return lane, row.depth, row.position - number, self._window_at(lane, row.position + 1)
 
     def _window_at(self, lane: int, end: int) -> int:
         """First position that the one before `end` reads of its own loop."""
