@@ -156,7 +156,7 @@ def test_batches_that_are_not_looked_at_are_those_that_need_not_be():
                 sampling_params=params, prompt=chance.randint(1, 40), num_output_tokens=0, num_computed_tokens=0
             )
         running = [name for name in requests if chance.random() < 0.97]
-        for name in requests.keys() - running:  # preempted, or not in this step
+        for name in sorted(requests.keys() - running):  # preempted, or not in this step
             requests[name].num_computed_tokens *= chance.choice([0, 1])
         scheduled, drafts = {}, {}
         for name in running:
@@ -168,8 +168,6 @@ def test_batches_that_are_not_looked_at_are_those_that_need_not_be():
                 drafts[name] = [7] * chance.randint(1, 3)
                 scheduled[name] += len(drafts[name])
             request.num_computed_tokens += scheduled[name]  # as vLLM does, drafts included
-        if not scheduled:
-            continue
         output = SimpleNamespace(
             num_scheduled_tokens=scheduled,
             scheduled_spec_decode_tokens=drafts,
