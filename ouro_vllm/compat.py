@@ -49,10 +49,11 @@ READS = {
     "vllm.v1.metrics.stats.SchedulerStats": "kv_connector_stats",
     "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_tensors num_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "layer_names",
+    "vllm.v1.sample.sampler.Sampler": "greedy_sample topk_topp_sampler",
     "vllm.v1.worker.block_table.BlockTable": "block_size get_device_tensor num_blocks_per_row",
-    "vllm.v1.worker.gpu_input_batch.CachedRequestState": "num_prompt_tokens sampling_params",
+    "vllm.v1.worker.gpu_input_batch.CachedRequestState": "num_prompt_tokens num_tokens sampling_params",
     "vllm.v1.worker.gpu_input_batch.InputBatch": "block_table generators num_computed_tokens_cpu num_reqs "
-    "num_tokens_no_spec random_reqs req_ids sampling_metadata token_ids_cpu vocab_size",
+    "num_tokens_no_spec random_reqs req_id_to_index req_ids sampling_metadata token_ids_cpu vocab_size",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "attn_groups cudagraph_dispatcher discard_request_mask "
     "input_batch optimistic_seq_lens_cpu sampler _on_request_state_removed",
     "vllm.v1.worker.utils.AttentionGroup": "build_metadata layer_names",

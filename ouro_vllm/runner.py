@@ -27,7 +27,6 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.block_table import SlotMappingMode
 
@@ -72,6 +71,7 @@ class LoopPasses(PlainDepths):
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
         self._led: set[str] = set()  # requests of which something is always to run ahead, see `_nothing_ahead`
+        self._barred: dict[str, int] = {}  # of requests with min_tokens, the position before which no stop token may be
         self._committed = 0
         self._exits: dict[str, list[int]] = {}
         self._made: tuple[torch.Tensor | None, Any] = None, None  # metadata, and the lengths it was made for
@@ -160,9 +160,13 @@ class LoopPasses(PlainDepths):
         for request in scheduler_output.finished_req_ids:
             self._watches.pop(request, None)
             self._led.discard(request)
+            self._barred.pop(request, None)
         self._pace = getattr(scheduler_output, PLUGIN, self._pace)
         result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
+            if new.sampling_params.min_tokens:
+                state = self.requests[new.req_id]
+                self._barred[new.req_id] = state.num_prompt_tokens + new.sampling_params.min_tokens
             extra = getattr(new.sampling_params, "extra_args", None) or {}
             asked = extra.get("ouro_anytime", 0)
             if asked:
@@ -495,35 +499,42 @@ class LoopPasses(PlainDepths):
         """
         batch = self.input_batch
         logits = self.model.compute_logits(hidden).to(torch.float32)
-        random = []
-        for number, (lane, row) in enumerate(rows):
-            request = batch.req_ids[lane]
-            state = self.requests[request]
-            if row.position + 1 - state.num_prompt_tokens < state.sampling_params.min_tokens:
-                logits[number, list(state.sampling_params.all_stop_token_ids)] = -torch.inf
-            if request in batch.random_reqs:
-                random.append(number)
+        if self._barred:
+            for number, (lane, row) in enumerate(rows):
+                request = batch.req_ids[lane]
+                if row.position + 1 < self._barred.get(request, 0):
+                    logits[number, list(self.requests[request].sampling_params.all_stop_token_ids)] = -torch.inf
         self._let_go(hidden, rows)
-        tokens = logits.argmax(dim=-1)
-        if random:
-            metadata: SamplingMetadata = batch.sampling_metadata
-            drawn = torch.tensor(random, device=self.device)
-            lanes = torch.tensor([rows[number][0] for number in random], device=self.device)
-            scaled = logits[drawn] / metadata.temperature[lanes, None]
-            top_k = None if metadata.top_k is None else metadata.top_k[lanes]
-            top_p = None if metadata.top_p is None else metadata.top_p[lanes]
-            scaled = apply_top_k_top_p(scaled, top_k, top_p)
-            generators = {}
-            for place, number in enumerate(random):
-                lane, row = rows[number]
-                generators[place] = self.generator(batch.req_ids[lane], row.position + 1)
-                last = 1 if self._textbook else self._depths[batch.req_ids[lane]].loops
-                if row.exit or row.depth + 1 == last:
-                    row.memo = scaled[place].softmax(dim=-1, dtype=torch.float32)
-            tokens[drawn] = self.sampler.topk_topp_sampler(scaled, generators, None, None)[0].to(tokens.dtype)
+        tokens = self.sampler.greedy_sample(logits)
+        if batch.random_reqs:
+            drawing = {batch.req_id_to_index[request] for request in batch.random_reqs}
+            random = [number for number, (lane, _) in enumerate(rows) if lane in drawing]
+            if random:
+                numbers = torch.tensor(random, device=self.device)
+                tokens[numbers] = self._draw(logits[numbers], [rows[number] for number in random]).to(tokens.dtype)
         chosen = tokens.tolist()
         self._note(hidden, logits, rows, chosen)
         return chosen
+
+    def _draw(self, logits: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> torch.Tensor:
+        """Tokens [M] of rows of sampled requests, logits [M, V]. See `_choose`."""
+        names, metadata = self.input_batch.req_ids, self.input_batch.sampling_metadata
+        lanes = torch.tensor([lane for lane, _ in rows], device=self.device)
+        scaled = logits / metadata.temperature[lanes, None]
+        top_k = None if metadata.top_k is None else metadata.top_k[lanes]
+        top_p = None if metadata.top_p is None else metadata.top_p[lanes]
+        scaled = apply_top_k_top_p(scaled, top_k, top_p)
+        generators, deciding = {}, []
+        for number, (lane, row) in enumerate(rows):
+            generators[number] = self.generator(names[lane], row.position + 1)
+            last = 1 if self._textbook else self._depths[names[lane]].loops
+            if row.exit or row.depth + 1 == last:
+                deciding.append(number)
+        if deciding:
+            probabilities = scaled[torch.tensor(deciding, device=self.device)].softmax(dim=-1, dtype=torch.float32)
+            for number, of_row in zip(deciding, probabilities, strict=True):
+                rows[number][1].memo = of_row
+        return self.sampler.topk_topp_sampler(scaled, generators, None, None)[0]
 
     def _note(
         self, hidden: torch.Tensor, logits: torch.Tensor, rows: Sequence[tuple[int, Row]], chosen: Sequence[int]
@@ -547,6 +558,8 @@ class LoopPasses(PlainDepths):
 
     def _let_go(self, hidden: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> None:
         """Ask the gate about the rows of requests that have one: hidden states [M, D] of M times (lane, row)."""
+        if not self._led:  # who has a gate is one of them
+            return
         depths = [self._depths[self.input_batch.req_ids[lane]] for lane, _ in rows]
         asked = [number for number, depth in enumerate(depths) if depth.gated]
         if not asked:
@@ -657,10 +670,10 @@ class LoopPasses(PlainDepths):
             self._waves.lose()
             drafts = {}
         request_ids = list(self.input_batch.req_ids)
-        for index, request in enumerate(request_ids):
+        for request, until in self._barred.items():
             # vLLM bars stop tokens behind the drafts by the tokens before them: that one must not be past min_tokens.
-            state = self.requests[request]
-            barred = state.sampling_params.min_tokens - len(state.output_token_ids)
+            index = self.input_batch.req_id_to_index.get(request)
+            barred = until - self.requests[request].num_tokens
             if barred > 0 and index in drafts:
                 drafts[index] = drafts[index][: barred - 1]
         return DraftTokenIds(request_ids, [drafts.get(index, []) for index in range(len(request_ids))])

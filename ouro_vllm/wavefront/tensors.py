@@ -11,7 +11,7 @@ sequence of one query.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,10 +42,10 @@ class Span(NamedTuple):
 class Layout:
     """What a pass of S sequences with N tokens in all has in common with one that runs their next loop.
 
-    lanes, lane: batch rows [S]. ends: behind their last positions. counts: tokens of each. width: blocks of the
-    longest. starts_at: where their windows begin; before: whether a block [S, width] lies before that, None if none
-    does. sequence: of each token [N]. fields: of vLLM's CommonAttentionMetadata, all but block
-    table and slots.
+    lanes: batch rows [S]; ends: behind their last positions; counts: tokens of each. lane: `lanes`, on the device.
+    width: blocks of the longest. starts_at: where their windows begin; before: whether a block [S, width] lies before
+    that, None if none does. sequence, block, offset: each token's [N], its block's number in the sequence and its place
+    in that block. fields: of vLLM's CommonAttentionMetadata, all but block table and slots.
     """
 
     lanes: list[int]
@@ -56,13 +56,15 @@ class Layout:
     starts_at: list[int]
     before: torch.Tensor | None
     sequence: torch.Tensor
+    block: torch.Tensor
+    offset: torch.Tensor
     fields: dict[str, Any]
 
     def onward(self) -> "Layout":
         """Of the same sequences one position on, each of one token, in the same blocks."""
         moved = {name: self.fields[name] + 1 for name in ("seq_lens", "seq_lens_cpu_upper_bound", "positions")}
         fields = dict(self.fields, **moved, max_seq_len=self.fields["max_seq_len"] + 1)
-        return replace(self, ends=[end + 1 for end in self.ends], fields=fields)
+        return replace(self, ends=[end + 1 for end in self.ends], offset=self.offset + 1, fields=fields)
 
 
 @dataclass
@@ -132,14 +134,13 @@ class Passes:
             spans = self._together(rows) + _in_lockstep(chunks, loop)
             layout, step.lockstep = self._layout(spans), None
             depths = [span.depth for span in spans]
-            both = torch.tensor(depths + [row.slot for _, row in rows]).to(self.device, non_blocking=True)
-            depth, slots = both[: len(spans)], both[len(spans) :]
+            depth, slots = self._sent(depths, [row.slot for _, row in rows])
             table, written = self._blocks(layout, depth)
-            new = [(row.slot, row.token) for _, row in rows if row.depth == 0]
+            new = [row for _, row in rows if row.depth == 0]
             if new:
-                places = torch.tensor(new, dtype=torch.int64).to(self.device, non_blocking=True)
-                self.pool[places[:, 0]] = self.embed(places[:, 1])
-            hidden = self.pool[slots]
+                places, tokens = self._sent([row.slot for row in new], [row.token for row in new])
+                self.pool[places] = self.embed(tokens)
+            hidden = self.pool.index_select(0, slots)
         else:
             layout, table, written = self._all_loops(chunks)
             depths, table, written = [loop - 1] * len(chunks), table[loop - 1], written[loop - 1]
@@ -159,7 +160,7 @@ class Passes:
         self.fold(rows, chunks, loop)
         if not read:
             return []
-        seen = output if len(read) == output.shape[0] else output[torch.tensor(read).to(self.device)]
+        seen = output if len(read) == output.shape[0] else output.index_select(0, *self._sent(read))
         tokens = self.choose(seen, [rows[number] for number in read])
         gone = [number for number in read if rows[number][1].exit == rows[number][1].depth + 1]
         if gone:
@@ -197,19 +198,24 @@ class Passes:
                 return None
         return Step(step.tables, step.prompts, lockstep=(layout.onward(), table, written + 1))
 
-    def _together(self, rows: Sequence[tuple[int, Row]]) -> list[Span]:
-        """Rows as sequences, in their order. Those of one have one window."""
-        spans = []
-        for (lane, depth, *_), group in groupby(enumerate(rows), self._company):
-            members = list(group)
-            _, (_, newest) = members[-1]
-            spans.append(Span(lane, newest.position + 1, len(members), depth, chunk=False))
-        return spans
+    def _sent(self, *columns: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Whole numbers, on the device: one copy of all columns, int64."""
+        together = torch.from_numpy(np.array(list(chain(*columns)), dtype=np.int64))
+        return together.to(self.device, non_blocking=True).split([len(column) for column in columns])
 
-    def _company(self, numbered: tuple[int, tuple[int, Row]]) -> tuple[int, int, int, int]:
-        """The same of rows that follow each other if they can share a sequence (third: if side by side)."""
-        number, (lane, row) = numbered
-        return lane, row.depth, row.position - number, self._window_at(lane, row.position + 1)
+    def _together(self, rows: Sequence[tuple[int, Row]]) -> list[Span]:
+        """Rows as sequences, in their order. Those of one follow each other at one depth and have one window."""
+        spans: list[Span] = []
+        shares, last = self.sharing is not None, (-1, -1, -1, -1)  # lane, depth, end and window of the sequence at hand
+        for lane, row in rows:
+            position = row.position
+            here = lane, row.depth, position, self._window_at(lane, position + 1) if shares else 0
+            if here == last:
+                spans[-1] = spans[-1]._replace(end=position + 1, tokens=spans[-1].tokens + 1)
+            else:
+                spans.append(Span(lane, position + 1, 1, row.depth, False))
+            last = lane, row.depth, position + 1, here[3]
+        return spans
 
     def _window_at(self, lane: int, end: int) -> int:
         """First position that the one before `end` reads of its own loop."""
@@ -217,50 +223,51 @@ class Passes:
 
     def _layout(self, spans: Sequence[Span]) -> Layout:
         """Of sequences, in this order."""
-        lanes, ends = [span.lane for span in spans], [span.end for span in spans]
-        counts = [span.tokens for span in spans]
-        plan = torch.tensor([lanes, ends], dtype=torch.int64)
-        lane, length = plan.to(self.device, non_blocking=True).unbind(0)
-        if max(counts) > 1:
-            many, before_each = np.array(counts), np.zeros(len(counts) + 1, dtype=np.int64)
-            many.cumsum(out=before_each[1:])
-            of = np.repeat(np.arange(len(counts)), many)
-            at = (np.array(ends) - many - before_each[:-1])[of] + np.arange(len(of))
-            starts = torch.from_numpy(before_each).to(torch.int32)
-            sequence, positions = torch.from_numpy(np.stack([of, at])).to(self.device, non_blocking=True).unbind(0)
-        else:
-            starts = torch.arange(len(counts) + 1, dtype=torch.int32)
-            sequence, positions = torch.arange(len(counts), device=self.device), length - 1
-        starts_at, before = [self._window_at(span.lane, span.end) for span in spans], None
-        width = -(-max(ends) // self.block_size)
+        size, number = self.block_size, len(spans)
+        lanes, ends, counts = ([span[column] for span in spans] for column in range(3))
+        of: list[int] = []
+        at: list[int] = []
+        starts = [0]
+        for sequence, (end, tokens) in enumerate(zip(ends, counts, strict=True)):
+            of += [sequence] * tokens
+            at += range(end - tokens, end)
+            starts.append(len(at))
+        blocks, offsets = [position // size for position in at], [position % size for position in at]
+        lane, sequence, positions, block, offset = self._sent(lanes, of, at, blocks, offsets)
+        starts_at, before, most = [0] * number, None, max(ends)
+        width = -(-most // size)
+        if self.sharing is not None:
+            starts_at = [self._window_at(span.lane, span.end) for span in spans]
         if any(starts_at):
-            before = torch.arange(width) < torch.tensor(starts_at)[:, None] // self.block_size
+            before = torch.arange(width) < torch.tensor(starts_at)[:, None] // size
             before = before.to(self.device, non_blocking=True)
+        on_host = torch.from_numpy(np.array(starts + ends, dtype=np.int32)).split([number + 1, number])
+        bounds = [column.to(self.device, non_blocking=True) for column in on_host]
         fields = dict(
-            query_start_loc=starts.to(self.device, non_blocking=True),
-            query_start_loc_cpu=starts,
-            seq_lens=length.to(torch.int32),
-            seq_lens_cpu_upper_bound=plan[1].to(torch.int32),
-            num_reqs=len(counts),
-            num_actual_tokens=positions.shape[0],
+            query_start_loc=bounds[0],
+            query_start_loc_cpu=on_host[0],
+            seq_lens=bounds[1],
+            seq_lens_cpu_upper_bound=on_host[1],
+            num_reqs=number,
+            num_actual_tokens=len(at),
             max_query_len=max(counts),
-            max_seq_len=max(ends),
+            max_seq_len=most,
             positions=positions,
-            is_prefilling=torch.tensor([span.chunk and span.tokens > 1 for span in spans]),
+            is_prefilling=torch.from_numpy(np.array([span.chunk and span.tokens > 1 for span in spans])),
         )
-        return Layout(lanes, ends, counts, lane, width, starts_at, before, sequence, fields)
+        return Layout(lanes, ends, counts, lane, width, starts_at, before, sequence, block, offset, fields)
 
     def _blocks(self, layout: Layout, depth: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Block ids [S, width] that sequences read, each at its `depth` + 1, and slots [N] that their tokens write.
 
         Shared blocks before their windows, then their own. Of several depths at once, a slice: one more dimension.
         """
-        tables, positions = self.step.tables, layout.fields["positions"]
+        tables = self.step.tables
         table = tables[depth, layout.lane, : layout.width]
         if layout.before is not None:
             table = torch.where(layout.before, tables[-1, layout.lane, : layout.width], table)
-        blocks = table[..., layout.sequence, positions // self.block_size].to(torch.int64)
-        return table, blocks * self.block_size + positions % self.block_size
+        blocks = table[..., layout.sequence, layout.block]
+        return table, torch.add(layout.offset, blocks, alpha=self.block_size)
 
     def _common(
         self, layout: Layout, depths: list[int], table: torch.Tensor, written: torch.Tensor
