@@ -35,7 +35,8 @@ FEWEST = 2  # trials before anything else is taken up
 NEXT = 4  # steps between trials until there were so many
 CLEAR = 1.5  # what gives tokens so many times slower needs no more steps of its trial
 MARGIN = 0.05  # drafting must promise this much to be taken up; plain steps are the promise, and need nothing
-SHARE = 0.01  # of the time may be lost to trials
+# Of the time may be lost to trials. The second is the least: each trial that speaks for what is in use halves it.
+SHARE = 0.01, 0.00125
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
 
 
@@ -171,6 +172,7 @@ class Contest:
         self.clock, self.began, self.tokens = 0.0, 0.0, 0
         self.around: list[float] = []  # of what is in use, right before the latest trial and behind it
         self.tried: list[float] = []  # in that trial, until it is judged
+        self.share = SHARE[0]
 
     def decide(self) -> bool:
         """Whether the next step is plain."""
@@ -203,7 +205,7 @@ class Contest:
         """The trial is over, and judged once as many steps ran behind it as before it. What it lost is not to be lost
         again soon."""
         lost = self.clock - self.began - self.tokens * median(self.around)
-        self.rest = self.clock + min(lost / SHARE, LONGEST_REST)
+        self.rest = self.clock + min(lost / self.share, LONGEST_REST)
         self.trying, self.left = False, 4 * LAPS[self.plain]
         if len(self.tried) == 1:  # says little
             self.tried = []
@@ -212,6 +214,7 @@ class Contest:
         """One more score, and what is in use from now on. Drafting is kept up for less than it is taken up for."""
         tried, around = median(self.tried), median(self.around)
         self.scores.append(log(tried / around if self.plain else around / tried))
+        self.share = max(SHARE[1], self.share / 2) if tried > around else SHARE[0]
         self.tried = []
         self.left = NEXT if len(self.scores) < TRIALS else REST[self.plain]
         if len(self.scores) >= FEWEST:
