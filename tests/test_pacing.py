@@ -192,6 +192,16 @@ def test_batches_of_another_kind_have_their_own_contest():
     assert plain == {(2, False): False, (32, False): False, (32, True): True}
 
 
+def test_seldom_long_steps_count_for_what_they_take():
+    """Most drafting steps are faster than plain ones, every third so much slower that all of them together are, too."""
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=1e-3)
+    for number in range(200 * LOOK):
+        server.drafting = 1.6e-3 if number % 3 == 0 else 0.9e-3
+        server.step(8)
+    (contest,) = server.pacer.contests.values()
+    assert contest.plain
+
+
 def test_waiting_for_requests_takes_nobody_s_time():
     server = Server(Pacer(4, 8), drafting=1e-3, plain=2e-3)
     for number in range(8 * LOOK):
@@ -199,7 +209,7 @@ def test_waiting_for_requests_takes_nobody_s_time():
         server.step(8, fresh=8 if number % 4 == 0 else 0, busy=not last or number % 8 == 3)  # a client may hang up
         server.now += 1e6 * last
     (contest,) = server.pacer.contests.values()
-    assert all(seconds < 1 for laps in contest.laps for seconds in laps) and len(contest.laps[False])
+    assert all(seconds < 1 for laps in contest.laps for seconds, _ in laps) and len(contest.laps[False])
 
 
 def test_one_lucky_trial_is_not_enough():
@@ -260,7 +270,13 @@ def test_drafting_is_not_begun_where_passes_are_bound_by_computing(lanes, wanted
     pacer = Pacer(4, 8)
     for rows in (1, 2, 4, 8, 16, 32, 64):  # flat up to 16 rows
         pacer.cost.learn(rows, max(16, rows) * 1e-3)
-    assert Server(pacer, 1e-3, 1e-3).step(lanes).plain == wanted
+    server = Server(pacer, 1e-3, 1e-3)
+    assert server.step(lanes).plain == wanted
+    # Nor tried before its trial, of three steps with eight passes, is a small share of the time.
+    (contest,) = server.pacer.contests.values()
+    assert contest.rest == (pytest.approx(3 * 8 * lanes * 4 * 1e-3 / 2 / SHARE[0]) if wanted else 0)
+    while wanted and contest.clock < 0.9 * contest.rest:
+        assert server.step(lanes).plain
 
 
 def test_a_trial_that_clearly_loses_is_short():

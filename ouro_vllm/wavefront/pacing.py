@@ -9,10 +9,12 @@ so the best choice depends on the machine, the model and the batch.
 Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
 promise to be kept. Whichever of the two is not in use runs a few steps now and then, which are compared with those
 right before and behind them, since machines drift; it takes over once it gave tokens faster in the middle of the latest
-trials, drafting by `MARGIN` at least. Pure Python.
+trials, drafting by `MARGIN` at least. Within a trial all seconds count against all tokens: of drafting steps a few are
+far longer than most, those with prompts in them. Pure Python.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
 from statistics import median
@@ -156,22 +158,31 @@ class Lap:
     committed: int = 0
 
 
+Laps = Sequence[tuple[float, int]]  # of steps: seconds, and tokens
+
+
+def per_token(laps: Laps) -> float:
+    """Seconds per token over all of them."""
+    return sum(seconds for seconds, _ in laps) / sum(tokens for _, tokens in laps)
+
+
 class Contest:
     """Plain steps against drafting, for batches of one kind.
 
-    plain: what is in use, as long as no trial runs. laps: of (drafting, plain) steps the latest, seconds per token.
+    plain: what is in use, as long as no trial runs. laps: of (drafting, plain) steps the latest.
     scores: of the latest trials, the logarithm of drafting's seconds per token over those of plain steps.
     clock: seconds of all steps so far. On no other clock is what trials lose a share of the time: a server may wait.
+    rest: no trial before this time.
     """
 
-    def __init__(self, plain: bool) -> None:
+    def __init__(self, plain: bool, rest: float = 0.0) -> None:
         self.plain, self.trying = plain, False
-        self.laps: tuple[deque[float], deque[float]] = deque(maxlen=2 * max(LAPS)), deque(maxlen=2 * max(LAPS))
+        self.laps = tuple(deque[tuple[float, int]](maxlen=2 * max(LAPS)) for _ in range(2))
         self.scores: deque[float] = deque(maxlen=TRIALS)
-        self.left, self.rest = FIRST, 0.0  # steps, and a time, until the trial begins; or steps until it ends
+        self.left, self.rest = FIRST, rest  # steps, and a time, until the trial begins; or steps until it ends
         self.clock, self.began, self.tokens = 0.0, 0.0, 0
-        self.around: list[float] = []  # of what is in use, right before the latest trial and behind it
-        self.tried: list[float] = []  # in that trial, until it is judged
+        self.around: list[tuple[float, int]] = []  # of what is in use, right before the latest trial and behind it
+        self.tried: list[tuple[float, int]] = []  # in that trial, until it is judged
         self.share = SHARE[0]
 
     def decide(self) -> bool:
@@ -188,23 +199,23 @@ class Contest:
         return self.plain != self.trying
 
     def lap(self, plain: bool, seconds: float, tokens: int) -> None:
-        """A step took so many seconds per token, of which it committed so many."""
-        self.laps[plain].append(seconds)
+        """A step took so many seconds, and committed so many tokens."""
+        self.laps[plain].append((seconds, tokens))
         if self.trying and plain != self.plain:
-            self.tried.append(seconds)
+            self.tried.append((seconds, tokens))
             self.tokens += tokens
-            clear = len(self.tried) > 1 and median(self.tried) > CLEAR * median(self.around)
+            clear = len(self.tried) > 1 and per_token(self.tried) > CLEAR * per_token(self.around)
             if clear or len(self.tried) == LAPS[plain]:
                 self._return()
         elif not self.trying and self.tried and plain == self.plain:
-            self.around.append(seconds)
+            self.around.append((seconds, tokens))
             if len(self.around) == 2 * LAPS[plain]:
                 self._judge()
 
     def _return(self) -> None:
         """The trial is over, and judged once as many steps ran behind it as before it. What it lost is not to be lost
         again soon."""
-        lost = self.clock - self.began - self.tokens * median(self.around)
+        lost = self.clock - self.began - self.tokens * per_token(self.around)
         self.rest = self.clock + min(lost / self.share, LONGEST_REST)
         self.trying, self.left = False, 4 * LAPS[self.plain]
         if len(self.tried) == 1:  # says little
@@ -212,7 +223,7 @@ class Contest:
 
     def _judge(self) -> None:
         """One more score, and what is in use from now on. Drafting is kept up for less than it is taken up for."""
-        tried, around = median(self.tried), median(self.around)
+        tried, around = per_token(self.tried), per_token(self.around)
         self.scores.append(log(tried / around if self.plain else around / tried))
         self.share = max(SHARE[1], self.share / 2) if tried > around else SHARE[0]
         self.tried = []
@@ -324,16 +335,19 @@ class Pacer:
             known += [self.contests[size, False]] if (size, False) in self.contests else []
             times = self._times(lanes)
             slow = min(times, key=times.__getitem__) == (self.loops, GUESSES)
-            self.contests[size, drawn] = Contest(slow or any(contest.plain for contest in known))
+            plain = slow or any(contest.plain for contest in known)
+            # A trial of drafting is taken to lose half of its steps' time, until one has run.
+            lost = LAPS[False] * self.passes * self.cost.of(lanes * self.loops) / 2
+            self.contests[size, drawn] = Contest(plain, min(lost / SHARE[0], LONGEST_REST) if plain else 0.0)
         return self.contests[size, drawn]
 
     def _plain_lap(self, lap: Lap) -> None:
         """What is beyond a usual step is the cost of the prompts in it."""
         usual = lap.contest.laps[True]
         if not lap.prompts:
-            lap.contest.lap(True, lap.seconds / lap.committed, lap.committed)
+            lap.contest.lap(True, lap.seconds, lap.committed)
         elif len(usual) >= LAPS[True]:
-            beyond = lap.seconds - lap.committed * median(usual)
+            beyond = lap.seconds - lap.committed * per_token(usual)
             self.prompts.append((beyond, lap.prompts))
 
     def end(self, committed: int, plain: bool, busy: bool) -> None:
@@ -357,7 +371,7 @@ class Pacer:
             each = self.loops * (self.cost.of(2 * MOST_TIMED) - self.cost.of(MOST_TIMED)) / MOST_TIMED
         prompts = lap.prompts * each
         if 2 * prompts < lap.seconds:
-            lap.contest.lap(False, (lap.seconds - prompts) / committed, committed)
+            lap.contest.lap(False, lap.seconds - prompts, committed)
 
     def decide(self, lanes: int, hurry: bool) -> Pace:
         """How to draft. lanes: requests that decode. hurry: someone waits for the next step: no burst before it."""
