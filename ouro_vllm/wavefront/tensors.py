@@ -218,8 +218,8 @@ class Passes:
         return spans
 
     def _window_at(self, lane: int, end: int) -> int:
-        """First position that the one before `end` reads of its own loop."""
-        return 0 if self.sharing is None else self.sharing.start(end - 1, self.step.prompts[lane])
+        """First position that the one before `end` reads of its own loop, under sharing."""
+        return self.sharing.start(end - 1, self.step.prompts[lane])
 
     def _layout(self, spans: Sequence[Span]) -> Layout:
         """Of sequences, in this order."""
