@@ -23,6 +23,7 @@ READS = {
     "vllm.config.CompilationConfig": "cudagraph_copy_inputs cudagraph_mode splitting_ops use_inductor_graph_partition",
     "vllm.config.ModelConfig": "hf_config tokenizer_mode",
     "vllm.config.ParallelConfig": "use_ubatching pipeline_parallel_size",
+    "vllm.config.SchedulerConfig": "max_num_batched_tokens max_num_scheduled_tokens max_num_seqs",
     "vllm.config.VllmConfig": "additional_config cache_config compilation_config kv_transfer_config model_config "
     "parallel_config quant_config use_v2_model_runner",
     "vllm.engine.protocol.EngineClient": "vllm_config",
@@ -41,11 +42,12 @@ READS = {
     "vllm.outputs.RequestOutput": "finished kv_transfer_params outputs prompt_token_ids",
     "vllm.v1.engine.EngineCoreOutput": "kv_transfer_params request_id",
     "vllm.v1.engine.EngineCoreOutputs": "outputs",
+    "vllm.v1.engine.EngineCoreRequest": "cache_salt resumable",
     "vllm.v1.outputs.ModelRunnerOutput": "req_id_to_index",
     "vllm.v1.core.sched.output.SchedulerOutput": "finished_req_ids num_scheduled_tokens preempted_req_ids "
     "scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens",
     "vllm.v1.core.sched.scheduler.Scheduler": "dynamic_sd_lookup log_stats make_stats num_lookahead_tokens "
-    "num_spec_tokens requests schedule scheduler_config update_from_output",
+    "num_spec_tokens requests running schedule scheduler_config update_draft_token_ids update_from_output",
     "vllm.v1.metrics.stats.SchedulerStats": "kv_connector_stats",
     "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_tensors num_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "layer_names",
@@ -58,6 +60,7 @@ READS = {
     "input_batch optimistic_seq_lens_cpu sampler _on_request_state_removed",
     "vllm.v1.worker.utils.AttentionGroup": "build_metadata layer_names",
     "vllm.v1.engine.core.EngineCore": "model_executor post_step scheduler",
+    "vllm.v1.engine.core.EngineCoreProc": "input_queue",
     "vllm.v1.engine.core_client.InprocClient": "engine_core",
     "vllm.v1.engine.llm_engine.LLMEngine": "add_request engine_core step",
     "vllm.v1.executor.uniproc_executor.UniProcExecutor": "driver_worker",
@@ -88,6 +91,7 @@ INSIDES = {
     "vllm.v1.engine.async_llm.AsyncLLM": "generate",
     "vllm.v1.engine.output_processor.OutputProcessor": "process_outputs",
     "vllm.v1.engine.core.EngineCore": "post_step step",
+    "vllm.v1.engine.core.EngineCoreProc": "_process_engine_step _process_input_queue",
     "vllm.v1.sample.rejection_sampler": "expand_batch_to_tokens rejection_sample sample_recovered_tokens",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "execute_model sample_tokens _prepare_inputs _update_states "
     "_bookkeeping_sync",

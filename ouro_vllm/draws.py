@@ -63,7 +63,9 @@ class KeyedDraws:
             ends = self.optimistic_seq_lens_cpu[: batch.num_reqs].tolist()
             for index, request in enumerate(batch.req_ids):
                 if request in batch.random_reqs:
-                    # The last token of the step is drawn first (RejectionSampler.forward): its position is the key's.
+                    # RejectionSampler.forward draws the last token of the step first: its position is the key's. Then
+                    # what accepts drafts, and what takes the place of a rejected one. Those draws have no key of their
+                    # own, but drafts were drawn with their positions' keys from the same probabilities: they are kept.
                     batch.generators[index] = self.generator(request, ends[index])
         try:
             return super()._sample(logits, spec_decode_metadata)

@@ -110,6 +110,7 @@ def choose_worker(vllm_config: "VllmConfig", options: OuroOptions) -> None:
     known = current_platform.is_cpu() or current_platform.is_cuda_alike()
     if speculative is not None:
         speculation.check(vllm_config, known)
+        speculation.make_room(vllm_config)
     if options.shares:
         speculation.check_sharing(vllm_config, known, options)
     if speculative is not None or options.shares:

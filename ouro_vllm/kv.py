@@ -162,6 +162,15 @@ class Pool:
 
     groups: vLLM's KV group of each loop. Block k of its table is block k * per_block + (loop - 1) * per_loop here.
     caches: [blocks, heads, tokens, 2 * size], per physical layer, in vLLM's own memory.
+
+    vLLM keeps the blocks of all layers side by side, block by block, or those of each layer in one piece. Of one layer,
+    L layers and R loops, with B blocks in the pool, that is
+
+        block 0 of all loops, block 1 of all loops, ...:   per_block = R * L, per_loop = L
+        all blocks of loop 1, all blocks of loop 2, ...:   per_block = 1,     per_loop = B * L
+
+    each over the largest unit that both distances are multiples of; where loops share KV their caches are the same
+    bytes, and per_loop is 0.
     """
 
     groups: list[int]

@@ -19,7 +19,7 @@ SUMS = {
     "dropped": ("vllm:ouro_rows_dropped", "Rows that left because a deeper readout disagreed with their token."),
     "restarts": ("vllm:ouro_restarts", "Times that a request restarted from a corrected token."),
     "finished": ("vllm:ouro_rows_finished", "Rows that were decided: by their last loop, or by the gate."),
-    "seconds": ("vllm:ouro_pass_seconds", "Time in passes."),
+    "seconds": ("vllm:ouro_pass_seconds", "Time in passes, those of prompts alone among them."),
 }
 
 
@@ -41,7 +41,7 @@ class Exported:
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
-        labels = ["engine"]
+        labels, latest = ["engine"], {"multiprocess_mode": "mostrecent"}  # of several API servers, as vLLM's own gauges
         self.sums = {name: Counter(metric, text, labels) for name, (metric, text) in SUMS.items()}
         self.tokens = Counter("vllm:ouro_tokens", "Tokens committed by requests under self-speculation.", labels)
         self.per_loop = {
@@ -52,12 +52,14 @@ class Exported:
                 "vllm:ouro_readouts", "Readouts of decided rows, the deciding ones too.", [*labels, "loop"]
             ),
         }
-        self.in_flight = Gauge("vllm:ouro_rows_in_flight", "Rows kept between passes.", labels)
-        self.entry = Gauge("vllm:ouro_entry_loop", "Loops a row has run when its readout is fed.", labels)
-        self.drafting = Gauge("vllm:ouro_drafting", "1 where steps draft, 0 where they are plain.", labels)
+        self.in_flight = Gauge("vllm:ouro_rows_in_flight", "Rows kept between passes.", labels, **latest)
+        self.entry = Gauge("vllm:ouro_entry_loop", "Loops a row has run when its readout is fed.", labels, **latest)
+        self.drafting = Gauge("vllm:ouro_drafting", "1 where steps draft, 0 where they are plain.", labels, **latest)
         loops = range(1, MOST_LOOPS + 1)
         self.depth = Histogram("vllm:ouro_exit_depth", "Loops that tokens were read after.", labels, buckets=loops)
-        self.mean = Gauge("vllm:ouro_mean_depth", "Mean of the loops that tokens were read after, so far.", labels)
+        self.mean = Gauge(
+            "vllm:ouro_mean_depth", "Mean of the loops that tokens were read after, so far.", labels, **latest
+        )
         self.read: dict[str, tuple[int, int]] = {}  # engine: tokens, sum of their loops
 
     def observe(self, step: dict[str, Any], engine: int) -> None:

@@ -46,8 +46,10 @@ def salt_by_depth() -> None:
 
     Reason: vLLM finds prefix-cache blocks by tokens, and a block holds the loops that its request ran. The salt is
     part of the first block's hash, which all later ones include; the one hook, the field of the prompt, is the user's.
-    Checked: vLLM 0.32, 0.33.
+    And prompts that come piece by piece, whose answers become prompt, are refused where prompts and answers differ in
+    what is kept of them. Checked: vLLM 0.32, 0.33.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     from ouro_vllm.options import OuroOptions, depth_of, salt
@@ -61,7 +63,13 @@ def salt_by_depth() -> None:
         request = original(self, *args, **kwargs)
         if ARCHITECTURE in self.model_config.architectures:
             server = OuroOptions.of(self.vllm_config)
-            request.cache_salt = salt(request.cache_salt, depth_of(request.sampling_params, server), server)
+            depth = depth_of(request.sampling_params, server)
+            if request.resumable and (server.shares or (depth.gated and self.vllm_config.speculative_config)):
+                raise VLLMValidationError(
+                    "A prompt that comes piece by piece is not possible with kv_sharing, or with an exit threshold "
+                    "under self-speculation: send it whole."
+                )
+            request.cache_salt = salt(request.cache_salt, depth, server)
         return request
 
     setattr(process, PLUGIN, True)
@@ -93,6 +101,31 @@ def carry_metrics() -> None:
 
     setattr(record, PLUGIN, True)
     StatLoggerManager.record = record
+
+
+def look_out_in_bursts() -> None:
+    """`EngineCore.post_step` asks for drafts once for each piece of a burst, until a request or an abort has come.
+
+    Reason: vLLM takes in requests between steps only and asks for drafts once, so that who comes in the middle of a
+    burst would wait for all of it. Only the engine core knows of both, and it decides for all ranks. An engine without
+    a process of its own (`LLM` with VLLM_ENABLE_V1_MULTIPROCESSING=0) has no queue: nobody can come in mid-step.
+    Checked: vLLM 0.32, 0.33.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    original = EngineCore.post_step
+    if hasattr(original, PLUGIN):
+        return
+
+    @functools.wraps(original)
+    def post_step(self: Any, model_executed: bool) -> None:
+        original(self, model_executed)
+        goes_on, coming = getattr(self.scheduler, "goes_on", None), getattr(self, "input_queue", None)
+        while goes_on is not None and goes_on() and (coming is None or coming.empty()):
+            original(self, model_executed)
+
+    setattr(post_step, PLUGIN, True)
+    EngineCore.post_step = post_step
 
 
 def expand_on_cpu() -> None:

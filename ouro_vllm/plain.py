@@ -63,7 +63,9 @@ class PlainDepths(KeyedDraws):
         ends = list(accumulate(counts))
         gated = [(request, end - 1) for request, end, depth in zip(requests, ends, depths, strict=True) if depth.gated]
         if gated:
-            self._read = [request for request, _ in gated], pick.loop[[row for _, row in gated]]
+            # On its way while the sampler works; vLLM waits for what was copied up to then before it hands outputs on.
+            rows = pick.loop[[row for _, row in gated]]
+            self._read = [request for request, _ in gated], rows.to("cpu", non_blocking=True)
         return pick.hidden
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -71,9 +73,9 @@ class PlainDepths(KeyedDraws):
         output, read = super().sample_tokens(grammar_output), self._read
         self._read = None
         if read is not None and output is not None:
-            # Under async scheduling the output is wrapped until its tokens have arrived.
+            # Under async scheduling the output is wrapped until its tokens have arrived, and these loops with them.
             inner = getattr(output, "_model_runner_output", output)
-            setattr(inner, EXITS, {request: [loop] for request, loop in zip(read[0], read[1].tolist(), strict=True)})
+            setattr(inner, EXITS, dict(zip(read[0], read[1].numpy()[:, None], strict=True)))
         return output
 
 

@@ -1,6 +1,12 @@
 """Ouro's model runner where rows of any loop share a pass (self-speculation, KV sharing): vLLM's V1 runner with the
 wavefront.
 
+A step runs in one of four ways, by whether anything runs ahead in it (`_nothing_ahead`) and whether loops share KV:
+    nothing ahead, no sharing: vLLM's forward, metadata and slots; nothing of ours but what `plain` does.
+    nothing ahead, sharing, one stage: vLLM's forward, all loops in turn, on our metadata (`_lockstep`, `_with_shared`).
+    nothing ahead, sharing, several stages (`_stages`): passes of chunks, in `_wave_forward`.
+    something ahead: passes of rows of any depth and of chunks, in `_wave_forward`; the last, if there are several.
+
 What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_runner.py (0.32):
     initialize_kv_cache, shutdown: makes the machine for the passes, and lets go of the KV cache.
     _update_states: notes which requests are new, lost their blocks, or are gone.
@@ -10,7 +16,8 @@ What is overridden beside `draws` and `plain`, all of vllm/v1/worker/gpu_model_r
     sample_tokens: what was measured goes along with the output.
     _get_spec_decode_draft_probs, _input_fits_in_drafter, propose_draft_token_ids, take_draft_token_ids: drafting.
 The burst of passes that drafts runs in `take_draft_token_ids`, which the engine core calls after the step's tokens are
-on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token_ids`, before.
+on their way to the reader (`EngineCore.post_step`), not in `propose_draft_token_ids`, before. It calls once for each
+piece of the burst, as long as nobody comes who would have to wait (`patches.look_out_in_bursts`).
 """
 
 from collections.abc import Sequence
@@ -48,6 +55,7 @@ from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
 logger = init_logger(f"vllm.{PLUGIN}.runner")
 
 TIMED = 4  # passes per size, the first of which does not count
+MOST_READ = 256  # rows whose logits are there at one time
 MOST_COMPILED = 128  # rows in the largest pass that is compiled at the start, where sizes are
 
 
@@ -67,7 +75,8 @@ class LoopPasses(PlainDepths):
         self._layers: dict[str, Any] = {}
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
-        self._own_step = self._due = self._bare = False
+        self._own_step = self._bare = False
+        self._ahead: int | None = None  # passes of the burst that are still to run, None if no drafts are due
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
         self._led: set[str] = set()  # requests of which something is always to run ahead, see `_nothing_ahead`
@@ -114,7 +123,8 @@ class LoopPasses(PlainDepths):
             kernels=is_own(self._attention[0].backend),
         )
         window = options.kv_window if options.shares else None
-        self._waves = Waves(self._loops, self._burst, requests, machine, window)
+        limit = self.scheduler_config.max_num_batched_tokens
+        self._waves = Waves(self._loops, self._burst, requests, machine, window, limit)
 
     def shutdown(self) -> None:
         """As vLLM does, which then frees the KV cache."""
@@ -133,7 +143,7 @@ class LoopPasses(PlainDepths):
         timed = [1 << power for power in range(MOST_TIMED.bit_length())]
         machine: Passes = self._waves.machine
         for size in sorted({*timed, *compiled(MOST_COMPILED, self.device.type)}):
-            if size > machine.pool.shape[0]:
+            if size > min(machine.pool.shape[0], self._waves.limit):
                 break
             rows = [(0, Row(0, 0, slot)) for slot in range(size)]
             for number in range(TIMED if size in timed else 1):
@@ -179,7 +189,7 @@ class LoopPasses(PlainDepths):
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, remembering that this is a step, whose metadata may be ours to build."""
-        self._own_step = self._waves is not None
+        self._own_step, self._ahead = self._waves is not None, None
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -351,12 +361,11 @@ class LoopPasses(PlainDepths):
         )
 
     def _leave_flights(self) -> None:
-        """Of a plain step's requests nothing is kept; who drafts again starts from what is committed."""
+        """Of a plain step's requests nothing is under way; who drafts again starts from what is committed."""
         requests = self.input_batch.req_ids
-        if self._waves.flights or self._lookups:
+        if self._waves.flights:
             for request in requests:
                 self._waves.forget(request)
-                self._lookups.pop(request, None)
         discarded = self.discard_request_mask.np[: len(requests)].tolist()
         decided = [request for request, gone in zip(requests, discarded, strict=True) if not gone]
         self._waves.count_plain([self._depths[request].loops for request in decided])
@@ -384,8 +393,10 @@ class LoopPasses(PlainDepths):
                 for begin, stop in sharing.pieces(first, until, prompt):
                     where = chunk.where + begin - chunk.start
                     stages[number].append(Chunk(chunk.index, begin, stop - begin, where, chunk.loops))
+        # Where a chunk ends with the prompt, the row behind it is of a generated token.
         generated = any(
-            chunk.start + chunk.tokens > self.requests[batch.req_ids[chunk.index]].num_prompt_tokens for chunk in chunks
+            chunk.start + chunk.tokens >= self.requests[batch.req_ids[chunk.index]].num_prompt_tokens
+            for chunk in chunks
         )
         if not self._bare and (generated or (chunks and resumed)):
             stages.append([])
@@ -495,8 +506,17 @@ class LoopPasses(PlainDepths):
     def _choose(self, hidden: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> list[int]:
         """Tokens [M] for hidden states [M, D] of (lane, row): what vLLM's sampler would take for the next position.
 
-        The probabilities of a draw that may become a draft stay with its row.
+        The probabilities of a draw that may become a draft stay with its row. Some at a time: vLLM set no memory aside
+        for logits of all rows of a large batch.
         """
+        chosen = []
+        for start in range(0, len(rows), MOST_READ):
+            some = slice(start, start + MOST_READ)
+            chosen += self._chosen(hidden[some], rows[some])
+        return chosen
+
+    def _chosen(self, hidden: torch.Tensor, rows: Sequence[tuple[int, Row]]) -> list[int]:
+        """See `_choose`."""
         batch = self.input_batch
         logits = self.model.compute_logits(hidden).to(torch.float32)
         if self._barred:
@@ -605,7 +625,7 @@ class LoopPasses(PlainDepths):
         assert self._waves is not None
         if self._bare:
             self._committed += sum(map(len, sampled_token_ids))
-            self._due = not self._pace.plain
+            self._ahead = None if self._pace.plain else self._pace.passes
             return [[] for _ in sampled_token_ids]
         lengths = self.input_batch.num_tokens_no_spec
         for lane, sampled in zip(self._lanes, sampled_token_ids, strict=True):
@@ -624,7 +644,7 @@ class LoopPasses(PlainDepths):
             self._waves.restart(flight, position, sampled[-1])
             if sampled[-1] in flight.stops or position >= flight.end:
                 self._waves.free += flight.ground()
-        self._due = True
+        self._ahead = self._pace.passes
         return [[] for _ in self._lanes]
 
     def _depart(self) -> list[Lane]:
@@ -644,31 +664,38 @@ class LoopPasses(PlainDepths):
         return lanes
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """Run the burst and return what it settled."""
-        if not self._due or self._waves is None:
+        """Run the burst, or its next piece, and return all that is settled; None where there is nothing to do."""
+        if self._ahead is None or self._waves is None:
             return None
-        self._due = False
-        return self._settled_drafts()
+        begins = self._ahead == self._pace.passes
+        passes = min(self._pace.piece, self._ahead)
+        self._ahead = self._ahead - passes or None
+        return self._settled_drafts(passes, begins)
 
     @torch.inference_mode()
-    def _settled_drafts(self) -> DraftTokenIds:
-        """One burst, and what of each request it brought to the last loop."""
+    def _settled_drafts(self, passes: int, begins: bool) -> DraftTokenIds | None:
+        """So many passes, and what of each request is at the last loop. begins: they are the first of their burst.
+
+        None where there was nothing to run, if it is not the first.
+        """
         try:
-            if self._bare:
-                self._lanes = self._depart()
+            if begins:
+                if self._bare:
+                    self._lanes = self._depart()
+                self._look_up()
             lanes = [lane for lane in self._lanes if lane.speculates]
-            self._look_up()
             if self._textbook:
                 most = min(self._burst, self._waves.most - 1)
                 self._waves.draft(lanes, most)
                 drafts = {lane.index: lane.flight.unsettled(most) for lane in lanes}
             else:
-                self._waves.burst(lanes, self._pace.passes)
+                if not self._waves.burst(lanes, passes) and not begins:
+                    return None
                 drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}
         except Exception:
             logger.exception("Self-speculation failed while drafting; this step goes without drafts.")
             self._waves.lose()
-            drafts = {}
+            self._ahead, drafts = None, {}
         request_ids = list(self.input_batch.req_ids)
         for request, until in self._barred.items():
             # vLLM bars stop tokens behind the drafts by the tokens before them: that one must not be past min_tokens.

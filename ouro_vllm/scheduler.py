@@ -15,6 +15,7 @@ from ouro_vllm.kv import LoopManager, decoding_capacity
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
 from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.patches import look_out_in_bursts
 from ouro_vllm.tally import DepthFigures
 from ouro_vllm.wavefront.pacing import Pacer, StepReport
 from ouro_vllm.wavefront.waves import Counts
@@ -25,7 +26,8 @@ LOG_SECONDS = 10.0  # vLLM's own interval between lines of statistics
 
 
 class OuroScheduler(DepthFigures, Scheduler):
-    """vLLM's scheduler. Overridden: `__init__`, `add_request`, `schedule`, `update_from_output`, `make_stats`.
+    """vLLM's scheduler. Overridden: `__init__`, `add_request`, `schedule`, `update_draft_token_ids`,
+    `update_from_output`, `make_stats`.
 
     clock: seconds, for the pace; whoever steps the engine with breaks between gives one that stands still in them.
     """
@@ -36,6 +38,7 @@ class OuroScheduler(DepthFigures, Scheduler):
         super().__init__(vllm_config, *args, **kwargs)
         options = self.ouro
         if self.num_spec_tokens:
+            look_out_in_bursts()
             # Rows run ahead of what is scheduled by the passes of a burst and by what is in flight behind them.
             self.num_lookahead_tokens = self.num_spec_tokens + options.max_loops - 1
             # vLLM pads a request that needs one token to 1 + k rows of token -1, for CUDA graphs of uniform steps.
@@ -48,6 +51,8 @@ class OuroScheduler(DepthFigures, Scheduler):
         self.pacer = Pacer(
             options.max_loops, self.num_spec_tokens, options.entry_loop, contested=options.speculation == "wavefront"
         )
+        self.pieces = 0  # of the latest burst, that may still run
+        self.drafted = False  # whether the latest of them had anything to do
         self.steps = 0
         self.past = StepReport(Counts(), 0)  # of all steps up to the latest line in the log
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
@@ -88,8 +93,20 @@ class OuroScheduler(DepthFigures, Scheduler):
         began = self.clock()
         output = super().schedule(*args, **kwargs)
         if self.num_spec_tokens:
-            setattr(output, PLUGIN, self.pacer.begin(began, *self._batch(output)))
+            pace = self.pacer.begin(began, *self._batch(output))
+            setattr(output, PLUGIN, pace)
+            self.pieces = pace.pieces if self.ouro.speculation == "wavefront" else 1
         return output
+
+    def update_draft_token_ids(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, which calls it behind each piece of a burst that had anything to do."""
+        super().update_draft_token_ids(*args, **kwargs)
+        self.pieces, self.drafted = self.pieces - 1, True
+
+    def goes_on(self) -> bool:
+        """Whether the burst has another piece, asked once behind each. See `patches.look_out_in_bursts`."""
+        drafted, self.drafted = self.drafted, False
+        return drafted and self.pieces > 0
 
     def _batch(self, output: Any) -> tuple[int, bool, bool, int, int]:
         """What `Pacer.begin` wants to know of a step: lanes, hurry, drawn, prompts, fresh."""
@@ -140,9 +157,11 @@ class OuroScheduler(DepthFigures, Scheduler):
         stats = super().make_stats(*args, **kwargs)
         report = self.latest
         if stats is not None and report is not None:
-            step = carried(report.counts, report.committed, report.in_flight, self.pacer.entry, report.plain)
+            in_flight = report.in_flight if self.running else 0
+            step = carried(report.counts, report.committed, in_flight, self.pacer.entry, report.plain)
             stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PLUGIN: step}
-            self.latest = None
+            # Until nothing is in flight any more: the last to go may do so between steps.
+            self.latest = StepReport(Counts(), 0, in_flight, report.plain) if in_flight else None
         return stats
 
     @property

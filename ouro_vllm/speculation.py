@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ouro_vllm.names import PLUGIN, SPECULATIVE_CONFIG, SPECULATOR
 from ouro_vllm.options import OuroOptions
 from ouro_vllm.sharing import AVERAGE
+from ouro_vllm.wavefront.waves import must_fit
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,6 +34,19 @@ def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
             f"{MOST_PASSES}; got {passes}."
         )
     check_passes(vllm_config, known_platform, "self-speculation", "--speculative-config")
+
+
+def make_room(vllm_config: "VllmConfig") -> None:
+    """Let passes hold more rows than a step schedules tokens: those that must fit, and R more per request that draft.
+
+    `max_num_batched_tokens` is what the compiled model takes (vllm/compilation/piecewise_backend.py) and what vLLM sets
+    memory aside for; what is scheduled stays what it was.
+    """
+    scheduler, loops = vllm_config.scheduler_config, OuroOptions.of(vllm_config).max_loops
+    scheduled = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    scheduler.max_num_scheduled_tokens = scheduled
+    most = must_fit(scheduled, loops, scheduler.max_num_seqs) + loops * scheduler.max_num_seqs
+    scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, most)
 
 
 def check_passes(vllm_config: "VllmConfig", known_platform: bool, what: str, setting: str) -> None:

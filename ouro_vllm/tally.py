@@ -48,7 +48,7 @@ class DepthFigures:
         Only the runner knows where the gate let a token go; what it does not name left at the request's deepest loop.
         """
         seen = {name: self.requests[name] for name in scheduler_output.num_scheduled_tokens if name in self.requests}
-        exits = getattr(model_runner_output, EXITS, {})
+        exits = {request: list(map(int, loops)) for request, loops in getattr(model_runner_output, EXITS, {}).items()}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
             for output in client.outputs:

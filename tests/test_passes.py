@@ -227,12 +227,14 @@ def test_attention_of_rows_together_is_that_of_each_alone(seed):
         torch.testing.assert_close(output[number], torch.einsum("hn,nhd->hd", chances, value[of]), atol=1e-5, rtol=1e-5)
 
 
-def test_every_size_is_compiled_before_the_first_request():
-    """As far as there are slots for its rows; powers of two are timed as well."""
+@pytest.mark.parametrize(("slots", "limit"), [(40, 90), (90, 40)])
+def test_every_size_is_compiled_before_the_first_request(slots, limit):
+    """As far as there are slots for its rows and passes have room for them; powers of two are timed as well."""
     ran, counts = [], Counts()
-    machine = SimpleNamespace(pool=torch.zeros(40, 1), run=lambda rows, *_: ran.append(len(rows)))
+    machine = SimpleNamespace(pool=torch.zeros(slots, 1), run=lambda rows, *_: ran.append(len(rows)))
     machine.kept = lambda rows: torch.zeros(len(rows), 1)
-    own = SimpleNamespace(_waves=SimpleNamespace(machine=machine, counts=counts), device=torch.device("cpu"))
+    waves = SimpleNamespace(machine=machine, counts=counts, limit=limit)
+    own = SimpleNamespace(_waves=waves, device=torch.device("cpu"))
     own._pool, own.model = SimpleNamespace(groups=[0]), SimpleNamespace(compute_logits=lambda hidden: hidden)
     LoopPasses.time_passes(own)
     assert list(dict.fromkeys(ran)) == [*range(1, 33), 34, 36, 38, 40]
@@ -251,3 +253,24 @@ def test_rows_beyond_those_asked_for_write_nowhere(monkeypatch):
     output = LoopPasses._one_pass(own, positions, hidden, SimpleNamespace(slot_mapping=slots))
     assert torch.equal(output, torch.stack([positions.float(), hidden[:, 0]], dim=1))
     assert told["num_tokens"] == 34 and told["slot_mapping"]["layer"].tolist() == [*slots.tolist(), PAD_SLOT_ID]
+
+
+@pytest.mark.parametrize(
+    ("start", "tokens", "resumed", "bare", "stages"),
+    [
+        (61, 38, [], False, 1),  # the row behind it is the prompt's last token's
+        (61, 39, [], False, 2),  # it is a generated token's, which reads what the loops of the prompt share
+        (61, 41, [], False, 3),  # two generated tokens more are computed again
+        (0, 61, [], False, 1),
+        (0, 61, ["a"], False, 2),
+        (61, 41, [], True, 2),
+    ],
+)
+def test_rows_wait_for_what_they_read_as_shared(start, tokens, resumed, bare, stages):
+    """Of a request that was preempted, whose prompt of 100 tokens and newer ones are computed again in pieces."""
+    own = SimpleNamespace(
+        _sharing=Sharing(LAST, 20, 32), _bare=bare, requests={"a": SimpleNamespace(num_prompt_tokens=100)}
+    )
+    own.input_batch = SimpleNamespace(req_ids=["a"])
+    own._scheduled = SimpleNamespace(scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=resumed))
+    assert len(LoopPasses._stages(own, [Chunk(0, start, tokens, 0, 4)])) == stages

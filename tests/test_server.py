@@ -158,6 +158,7 @@ def test_a_client_that_hangs_up_frees_its_request(server, client):
         next(stream.iter_lines())
         until(lambda: gauge(server, "vllm:num_requests_running") == 1, 60)
     until(lambda: gauge(server, "vllm:num_requests_running") == 0, 60)
+    until(lambda: gauge(server, "vllm:ouro_rows_in_flight") == 0, 30)
     assert complete(client).choices[0].text == before
 
 

@@ -18,6 +18,8 @@ from reference import Reference
 from test_anytime import streams
 from test_exactness import assert_greedy, greedy, prompts
 
+from ouro_vllm import runner
+from ouro_vllm.wavefront import pacing
 from ouro_vllm.wavefront.pacing import Pace
 from ouro_vllm.widen import Sizes, widen
 
@@ -397,6 +399,7 @@ def test_plain_steps_between_drafting_ones(plain, swift, bank, monkeypatch, seed
     passes = (sums.counts.lane_passes - before[0]) / (sums.committed - before[1])
     assert 1 < passes < 4  # plain steps are counted, four passes each
     assert_idle(swift)
+    assert not runner_of(swift)._lookups
 
 
 def test_prompts_that_have_a_step_to_themselves_run_as_in_plain_decoding(swift, bank, monkeypatch):
@@ -420,6 +423,37 @@ def test_prompts_that_have_a_step_to_themselves_run_as_in_plain_decoding(swift, 
     assert steps[1][0] == 1 and not any(ran)
 
 
+class Door:
+    """Stands for the queue of what comes to an engine. chance: that nobody is there when the engine core looks."""
+
+    def __init__(self, chance):
+        self.dice, self.chance = random.Random(5), chance
+
+    def empty(self):
+        return self.dice.random() < self.chance
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.7, 1.0])
+def test_a_burst_ends_when_somebody_comes(plain, swift, bank, monkeypatch, chance):
+    """And the answers do not show it, nor are there passes in vain for those that are done."""
+    core, waves, bursts = swift.llm_engine.engine_core.engine_core, runner_of(swift)._waves, []
+    run, step = waves.burst, core.step_fn
+    monkeypatch.setattr(pacing, "PIECE", 0.0)  # pieces of one pass
+    monkeypatch.setattr(core, "input_queue", Door(chance), raising=False)
+    monkeypatch.setattr(core, "step_fn", lambda: bursts.append([]) or step())
+    monkeypatch.setattr(waves, "burst", lambda lanes, passes: bursts[-1].append(passes) or run(lanes, passes))
+    pairs = bank[140:148]
+    wishes = [params(max_tokens=40, seed=number, **SAMPLED[number % 3]) for number in range(8)]
+    assert tokens_of(ask(swift, [ids for ids, _ in pairs], wishes)) == tokens_of(
+        ask(plain, [ids for ids, _ in pairs], wishes)
+    )
+    known = bursts[1:]  # what passes cost is known after the first step
+    assert {passes for burst in known for passes in burst} == {1}
+    lengths = {len(burst) for burst in known}
+    assert len(lengths) > 3 if chance == 0.7 else max(lengths) == (8 if chance else 1)
+    assert_idle(swift)
+
+
 def test_who_needs_rows_ahead_has_no_plain_steps(plain, swift, bank, monkeypatch):
     """The gate's rows go on behind their exits, anytime requests show what early loops say: their steps draft on."""
     steps = plain_now_and_then(swift, monkeypatch, seed=3)
@@ -438,6 +472,29 @@ def test_wrong_wishes_are_refused(swift, bank, value):
 
     with pytest.raises(VLLMValidationError, match="ouro_speculate.*must be 0 or 1"):
         ask(swift, [bank[0][0]], params(extra_args={"ouro_speculate": value}))
+
+
+def test_prompts_in_pieces_are_refused_under_the_gate(swift, bank):
+    """Their answers become prompt, of which all loops have run."""
+    from vllm import TokensPrompt
+    from vllm.exceptions import VLLMValidationError
+
+    def process(**wish):
+        prompt, engine = TokensPrompt(prompt_token_ids=bank[0][0]), swift.llm_engine
+        given = {"supported_tasks": engine.get_supported_tasks(), "resumable": True}
+        return engine.input_processor.process_inputs("pieces", prompt, params(**wish), **given)
+
+    assert process().resumable
+    with pytest.raises(VLLMValidationError, match="piece by piece.*send it whole"):
+        process(extra_args={"ouro_exit_threshold": 0.5})
+
+
+@pytest.mark.parametrize("most", [1, 7])
+def test_readouts_a_few_at_a_time(plain, swift, bank, monkeypatch, most):
+    monkeypatch.setattr(runner, "MOST_READ", most)
+    asked = [ids for ids, _ in bank[150:158]]
+    wishes = [params(max_tokens=24, seed=number, **SAMPLED[number % 3]) for number in range(8)]
+    assert tokens_of(ask(swift, asked, wishes)) == tokens_of(ask(plain, asked, wishes))
 
 
 # Sampling.
@@ -664,8 +721,12 @@ def test_chunked_prefill_while_others_decode(engine, bank):
     pairs = [*named(bank, 1, 700, 33, 300, 129), *bank[20:26]]
     arrivals = [(5 * number, ids, params(max_tokens=64)) for number, (ids, _) in enumerate(pairs)]
     with drafting(engine, max_num_batched_tokens=50, max_num_seqs=5, enable_prefix_caching=False) as llm:
+        machine, rows = runner_of(llm)._waves.machine, []
+        run = machine.model
+        machine.model = lambda positions, *given: rows.append(len(positions)) or run(positions, *given)
         assert serve(llm, arrivals) == [answer[:64] for _, answer in pairs]
         assert llm.drafts.accepted > len(pairs) * 64 * 0.2
+        assert 50 < max(rows) <= runner_of(llm).max_num_tokens == 50 + 5 * 8  # what a compiled model takes
 
 
 @pytest.mark.parametrize("speculating", [True, False])

@@ -39,6 +39,14 @@ def test_what_works_gets_our_worker_and_scheduler(configured):
     assert not config.scheduler_config.async_scheduling
 
 
+@pytest.mark.parametrize(("given", "most"), [({}, 330), ({"max_num_scheduled_tokens": 200}, 300)])
+def test_passes_have_room_for_more_than_what_is_scheduled(configured, given, most):
+    """By 2 R rows, here 6, for each of 5 requests."""
+    scheduler = configured(max_num_batched_tokens=300, max_num_seqs=5, **given).scheduler_config
+    assert scheduler.max_num_scheduled_tokens == given.get("max_num_scheduled_tokens", 300)
+    assert scheduler.max_num_batched_tokens == most
+
+
 @pytest.mark.parametrize("passes", [1, MOST_PASSES])
 def test_the_ends_of_the_range_of_passes_are_in_it(configured, passes):
     assert configured(speculative={"num_speculative_tokens": passes}).num_speculative_tokens == passes

@@ -20,7 +20,7 @@ from ouro_vllm.noise import key
 from ouro_vllm.wavefront.flight import Flight, Row, complete
 from ouro_vllm.wavefront.lookup import LONGEST, SHORTEST, Lookup
 from ouro_vllm.wavefront.pacing import passes_per_token, rows_per_token
-from ouro_vllm.wavefront.waves import GUESSES, Chunk, Lane, Waves, slots_needed
+from ouro_vllm.wavefront.waves import GUESSES, Chunk, Lane, Waves, must_fit, slots_needed
 
 BLOCK = 4  # positions per block of the KV cache
 STOP = 0  # the token that ends an answer, for requests that have one
@@ -188,6 +188,7 @@ class Machine:
         self, rows: Sequence[tuple[int, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int
     ) -> list[int]:
         """One pass: everything is written, then everything is read."""
+        assert len(rows) + sum(chunk.tokens for chunk in chunks) <= self.waves.limit, "more than fits in a pass"
         self.check_slots()
         stands: dict[int, int] = {}  # id of a row: the prefix it stands on
         paths = {index: self.standing(self.lanes[index], stands) for index in {index for index, _ in rows}}
@@ -351,8 +352,9 @@ def everything(request: Request) -> Work:
 class Engine:
     """Steps of vLLM with the runner's use of `Waves`; every answer is compared with plain decoding's."""
 
-    def __init__(self, text: Text, passes: int, requests: int = 1, textbook: bool = False) -> None:
-        self.text, self.passes, self.textbook = text, passes, textbook
+    def __init__(self, text: Text, passes: int, requests: int = 1, textbook: bool = False, tight: bool = False) -> None:
+        """tight: passes have room for what each step needs, and no more."""
+        self.text, self.passes, self.textbook, self.requests, self.tight = text, passes, textbook, requests, tight
         self.memory = Memory(text.loops)
         self.machine = Machine(text, self.memory)
         self.waves = self.machine.waves = Waves(text.loops, passes, requests, self.machine)
@@ -368,6 +370,8 @@ class Engine:
             self.waves.forget(name)
         for work in works:
             self.allocate(work)
+        if self.tight:
+            self.waves.limit = must_fit(sum(work.count for work in works), self.text.loops, self.requests)
         try:
             lanes, hidden = self.forward(works, entry)
         except Broken:
@@ -487,7 +491,8 @@ class Engine:
         if self.textbook:
             assert self.waves.draft(lanes, self.passes) <= self.passes
             return {lane.index: lane.flight.unsettled(self.passes) for lane in lanes}
-        assert self.waves.burst(lanes, passes) <= passes
+        pieces = passes // 2, passes - passes // 2
+        assert all(self.waves.burst(lanes, piece) <= piece for piece in pieces)
         return {lane.index: lane.flight.settled(self.passes) for lane in lanes}
 
     def check_counts(self) -> None:
@@ -518,7 +523,7 @@ class Storm:
         agreement, leaving = dice.choice([0.0, 0.3, 0.7, 0.95, 1.0]), dice.choice([0.1, 0.4, 0.8, 1.0])
         text = Text(loops, dice.choice([2, 3, 7, 20]), agreement, dice.randrange(1000), leaving)
         self.names = "abcd"[: dice.randint(1, 4)]
-        self.engine = Engine(text, passes, len(self.names), textbook)
+        self.engine = Engine(text, passes, len(self.names), textbook, tight=self.chance(0.4))
         self.live: dict[str, Request] = {}
         self.entry, self.roots = dice.randint(0, loops), 0
 
@@ -902,6 +907,27 @@ def test_decided_rows_do_not_keep_a_burst_going():
     flight.board(0, 5, 1).depth = 2
     flight.rows[0].exit, flight.rows[0].heard, flight.end = 1, [3], 6
     assert waves.burst([Lane(0, flight)], 4) == 0
+
+
+class Constant:
+    """A machine whose readouts are all the token 7."""
+
+    def run(self, rows, read, chunks, loop):
+        return [7] * len(read)
+
+
+@pytest.mark.parametrize(
+    ("depth", "end", "stops", "passes"), [(4, 6, [], 0), (4, 9, [7], 0), (3, 6, [], 1), (4, 9, [], 5)]
+)
+def test_a_burst_ends_once_an_answer_is_there(depth, end, stops, passes):
+    """Of one request, whose row has heard 7, for another, which has only begun."""
+    waves = Waves(4, 4, 2, Constant())
+    flight, other = waves.flight("a"), waves.flight("b")
+    flight.board(waves.free.pop(), 5, 1).depth = depth
+    flight.rows[0].since, flight.rows[0].heard = 1, [7] * depth
+    flight.end, flight.stops, other.end = end, frozenset(stops), 100
+    waves.restart(other, 20, 3)
+    assert waves.burst([Lane(0, flight), Lane(1, other)], 5) == passes
 
 
 def test_held_rows_are_not_dropped_until_a_burst():

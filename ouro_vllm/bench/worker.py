@@ -135,7 +135,7 @@ class Engine:
         check(config)
         self.prompts = [tokenizer(text)["input_ids"] for text in prompts]
         if context is not None:
-            self.prompts = recut(self.prompts, context, batch)
+            self.prompts = recut(self.prompts, context, max(batch, len(self.prompts)))
         self.tokens = tokens
         repeated = [self.prompts[number % len(self.prompts)] for number in range(max(batch, len(self.prompts)))]
         lengths = [len(prompt) + tokens // 2 + tokens + lookahead for prompt in repeated]

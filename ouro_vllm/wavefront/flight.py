@@ -95,6 +95,14 @@ class Flight:
         """Whether somebody waits for a row that is not decided."""
         return self.waiting is not None or not all(map(self.decided, self.rows[: self.held]))
 
+    @property
+    def done(self) -> bool:
+        """Whether all that may enter has, and is decided: the answer is there, or its room is used up."""
+        if self.waiting is not None or not self.rows or not all(map(self.decided, self.rows)):
+            return False
+        newest = self.rows[-1]
+        return newest.position + 1 >= self.end or (bool(newest.heard) and newest.heard[-1] in self.stops)
+
     def restart(self, position: int, token: int) -> list[int]:
         """The request's newest token stands at `position`: keep the rows from there on if they agree with it.
 

@@ -40,6 +40,7 @@ MARGIN = 0.05  # drafting must promise this much to be taken up; plain steps are
 # Of the time may be lost to trials. The second is the least: each trial that speaks for what is in use halves it.
 SHARE = 0.01, 0.00125
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
+PIECE = 0.01  # seconds of a burst, about, between looks at whether somebody came
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,19 @@ class Pace:
     """What the scheduler decides and ships with its output, so that all ranks do the same.
 
     entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead.
+    piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
     """
 
     entry: int
     passes: int
     guesses: int = GUESSES
     plain: bool = False
+    piece: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Of the burst, at least one: without passes, too, what has been settled is asked for."""
+        return max(1, -(-self.passes // self.piece))
 
 
 @dataclass
@@ -143,7 +151,7 @@ class PassCost:
 class Lap:
     """A step on the clock. contest: that it counts in. plain: as the pace said.
 
-    counts: it says what its kind costs: a burst if not plain, and the step before was of its kind.
+    counts: it says what its kind costs: the step before was of its kind.
     prompts: tokens of prompts. fresh: requests that get their first token in it. seconds: until the next one began.
     committed: tokens.
     """
@@ -318,7 +326,7 @@ class Pacer:
                 self._plain_lap(last)
         self.plain = self.contested and self.fixed is None and lanes > 0 and contest.decide()
         pace = Pace(self.loops, 0, plain=True) if self.plain else self.decide(lanes, hurry)
-        counts = last is not None and last.plain == pace.plain and not hurry
+        counts = last is not None and last.plain == pace.plain
         self.lap = Lap(now, contest, pace.plain, counts, prompts, fresh)
         return pace
 
@@ -375,8 +383,10 @@ class Pacer:
 
     def decide(self, lanes: int, hurry: bool) -> Pace:
         """How to draft. lanes: requests that decode. hurry: someone waits for the next step: no burst before it."""
+        passes, pass_seconds = 0 if hurry else self.passes, self.cost.of(lanes * self.loops)
+        piece = max(1, int(PIECE / pass_seconds)) if pass_seconds else self.passes
         if self.fixed is not None or not lanes:
-            return Pace(self.entry, 0 if hurry else self.passes, self.most)
+            return Pace(self.entry, passes, self.most, piece=piece)
         times = self._times(lanes)
         best = min(times, key=times.__getitem__)
         if times[best] < (1 - GAIN) * times[self.entry, self.most]:
@@ -387,4 +397,4 @@ class Pacer:
             # Agreement is only heard of where every readout is fed, hits where lookups are, costs where passes run.
             others = [1, min(entry + 1, self.loops), 0]
             entry, most = others[self.steps // LOOK % len(others)], GUESSES
-        return Pace(entry, 0 if hurry else self.passes, most)
+        return Pace(entry, passes, most, piece=piece)

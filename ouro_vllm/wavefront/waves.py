@@ -5,6 +5,7 @@ Pure Python; tensors are behind `Machine`. A batch's requests share every pass, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from time import perf_counter
 from typing import Protocol
 
@@ -106,21 +107,41 @@ def slots_needed(loops: int, passes: int, requests: int) -> int:
     return requests * (passes + loops)
 
 
+def must_fit(scheduled: int, loops: int, requests: int) -> int:
+    """Rows that a pass must have room for, where a step schedules so many tokens.
+
+    Beside those, each request may have R that cannot be left out: up to R - 1 of its trail, or lost with it, and in a
+    burst that of its newest token.
+    """
+    return scheduled + requests * loops
+
+
 class Waves:
     """Flights of all requests and the passes that carry them."""
 
-    def __init__(self, loops: int, passes: int, requests: int, machine: Machine, window: int | None = None) -> None:
+    def __init__(
+        self,
+        loops: int,
+        passes: int,
+        requests: int,
+        machine: Machine,
+        window: int | None = None,
+        limit: float = inf,
+    ) -> None:
         """loops: R. passes: most per burst. requests: most that are under way at once.
 
         window: positions of which a row reads its own loop, itself among them, if older ones are shared. What is shared
         must be final, so that no more rows are under way than these.
+        limit: rows that fit in a pass, tokens of chunks among them; at least `must_fit` of what a step schedules.
         """
         self.loops, self.machine = loops, machine
+        self.limit, self.reserve = limit, requests * loops  # places in a pass that rows of mere use leave to others
         self.most = passes + loops  # rows per flight: what a burst can settle, and what is in flight around it
         if window is not None:
             self.most = min(self.most, window)
         self.flights: dict[str, Flight] = {}
-        self.free = list(range(slots_needed(loops, passes, requests)))
+        self.slots = slots_needed(loops, passes, requests)
+        self.free = list(range(self.slots))
         self.counts = self._fresh()
         self.guessing = 0  # guesses that could enter in the latest pass
 
@@ -188,11 +209,14 @@ class Waves:
         return loop
 
     def burst(self, lanes: Sequence[Lane], passes: int) -> int:
-        """Up to `passes` passes with no one waiting. Returns how many had anything to do."""
+        """Up to `passes` passes with no one waiting. Returns how many had anything to do.
+
+        They end early once somebody's answer is there, which should not wait for what others draft.
+        """
         for lane in lanes:
             lane.flight.held, lane.waits = 0, False
         for number in range(passes):
-            if not self._one(lanes, (), 0, follow=True):
+            if any(lane.flight.done for lane in lanes) or not self._one(lanes, (), 0, follow=True):
                 return number
         return passes
 
@@ -224,6 +248,10 @@ class Waves:
         rows: list[tuple[Lane, Row]] = []
         read: list[int] = []
         busy, self.guessing = bool(chunks), 0
+        taken = self.slots - len(self.free) + sum(chunk.tokens for chunk in chunks)
+        # What nobody waits for enters while there is room, and sits out where not even all that is under way fits.
+        room = self.limit - self.reserve - taken
+        crowded = taken + sum(lane.flight.waiting is not None for lane in lanes) > self.limit
         for lane in lanes:
             flight, early = lane.flight, lane.speculates and follow  # whether early readouts are of use
             speculates = early and not lane.waits
@@ -231,16 +259,17 @@ class Waves:
             if flight.waiting is not None or speculates:
                 boarding = flight.boarding(entry)
                 under_way = len(flight.trail) + len(flight.rows)
-                if boarding and (flight.waiting is not None or under_way < self.most):
+                if boarding and (flight.waiting is not None or (under_way < self.most and room > 0)):
+                    room -= flight.waiting is None
                     flight.board(self.free.pop(), *boarding)
             # Not under the gate: rows that enter together could all be committed at loop 1, and trail without bound.
             if speculates and lane.lookup is not None and not flight.gated:
                 by_text = lane.guesses if entry == 0 else 0
                 self.guessing = max(self.guessing, by_text)
-                self._guess(flight, lane.lookup, by_text)
+                room -= self._guess(flight, lane.lookup, by_text, room)
             rows += [(lane, row) for row in flight.trail]
             last = len(flight.rows) - 1
-            for index, row in enumerate(flight.rows):
+            for index, row in enumerate(flight.rows[: flight.held] if crowded else flight.rows):
                 if row.depth == flight.loops:
                     continue
                 busy = busy or not row.exit
@@ -262,27 +291,28 @@ class Waves:
                 self.free += [row.slot for row in left]
         return True
 
-    def _guess(self, flight: Flight, lookup: Lookup, by_text: int) -> None:
-        """Let guesses enter behind a row that enters itself, all to run the first loop in this pass.
+    def _guess(self, flight: Flight, lookup: Lookup, by_text: int, room: int) -> int:
+        """Let guesses enter behind a row that enters itself, all to run the first loop in this pass. Returns how many.
 
-        by_text: the first so many not only by what a draft says.
+        by_text: the first so many not only by what a draft says. room: for so many at most.
         """
         for place in range(1, GUESSES + 1):
             newest = flight.rows[-1] if flight.rows else None
             if newest is None or newest.depth or newest.position + 1 >= flight.end or len(flight.rows) >= self.most:
-                return
+                return place - 1
             token = lookup.follow(flight.rows)
             guessed = token is None and place <= by_text
             if guessed:
                 before = flight.rows[0].position
                 known = lookup.tokens[max(0, before - LONGEST) : before]
                 token = lookup.guess(known + flight.tail(LONGEST))
-            if token is None or newest.token in flight.stops or token in flight.stops:
-                return
+            if token is None or newest.token in flight.stops or token in flight.stops or place > room:
+                return place - 1
             row = flight.board(self.free.pop(), newest.position + 1, token)
             if guessed:
                 row.guessed = place
                 self.counts.guesses[place - 1] += 1
+        return GUESSES
 
     def _run(self, rows: Sequence[tuple[Lane, Row]], read: Sequence[int], chunks: Sequence[Chunk], loop: int) -> None:
         began = perf_counter()
