@@ -49,7 +49,7 @@ def counted(llm, prompt: list[int], seeds: range, **params) -> tuple[Counter, Co
     """Second tokens, and pairs of second and third, of one answer per seed."""
     from vllm import SamplingParams, TokensPrompt
 
-    asked = [SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False, seed=seed, **params) for seed in seeds]
+    asked = [SamplingParams(max_tokens=16, ignore_eos=True, detokenize=False, seed=seed, **params) for seed in seeds]
     outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt)] * len(seeds), asked, use_tqdm=False)
     answers = [output.outputs[0].token_ids for output in outputs]
     return Counter(a[1] for a in answers), Counter((a[1], a[2]) for a in answers)
@@ -82,8 +82,8 @@ def test_frequencies_are_plain_decodings(plain, speculative, prompt, setting):
     core = speculative.llm_engine.engine_core.engine_core
     before = core.scheduler.steps
     here = counted(speculative, prompt, range(SEEDS, 2 * SEEDS), **SETTINGS[setting])
-    # A step per token would be 4 for each filling of the batch: the answers were drafted.
-    assert core.scheduler.steps - before < 3.5 * SEEDS / 64, "nothing was drafted"
+    # A step per token would be 16 for each filling of the batch: the answers were drafted.
+    assert core.scheduler.steps - before < 8 * SEEDS / 64, "nothing was drafted"
     for left, right in zip(plain[setting], here, strict=True):
         assert p_value(left, right) > SIGNIFICANCE
 

@@ -917,17 +917,20 @@ class Constant:
 
 
 @pytest.mark.parametrize(
-    ("depth", "end", "stops", "passes"), [(4, 6, [], 0), (4, 9, [7], 0), (3, 6, [], 1), (4, 9, [], 5)]
+    ("depth", "end", "stops", "others", "passes"),
+    [(4, 6, [], 1, 0), (4, 9, [7], 3, 0), (4, 9, [7], 4, 5), (3, 6, [], 1, 1), (4, 9, [], 1, 5)],
 )
-def test_a_burst_ends_once_an_answer_is_there(depth, end, stops, passes):
-    """Of one request, whose row has heard 7, for another, which has only begun."""
-    waves = Waves(4, 4, 2, Constant())
-    flight, other = waves.flight("a"), waves.flight("b")
+def test_a_burst_ends_once_a_quarter_of_the_answers_are_there(depth, end, stops, others, passes):
+    """Of one request, whose row has heard 7, beside others that have only begun."""
+    waves = Waves(4, 4, 5, Constant())
+    flight, *rest = (waves.flight(name) for name in "abcde"[: 1 + others])
     flight.board(waves.free.pop(), 5, 1).depth = depth
     flight.rows[0].since, flight.rows[0].heard = 1, [7] * depth
-    flight.end, flight.stops, other.end = end, frozenset(stops), 100
-    waves.restart(other, 20, 3)
-    assert waves.burst([Lane(0, flight), Lane(1, other)], 5) == passes
+    flight.end, flight.stops = end, frozenset(stops)
+    for other in rest:
+        other.end = 100
+        waves.restart(other, 20, 3)
+    assert waves.burst([Lane(index, one) for index, one in enumerate([flight, *rest])], 5) == passes
 
 
 def test_held_rows_are_not_dropped_until_a_burst():
