@@ -101,9 +101,10 @@ def summary(counts: Counts, committed: int, entry: int, plain: bool) -> str:
         f"{agreed / judged:.2f}" if judged else "-"
         for agreed, judged in zip(counts.agreed[:-1], counts.judged[:-1], strict=True)
     )
+    agreement = f"agreement of earlier loops with the last {agreement}, " if agreement else ""
     return (
         f"Self-speculation: {counts.lane_passes / max(1, committed):.2f} passes per token, "
         f"{counts.rows / max(1, counts.passes):.1f} rows per pass, {counts.rows / max(1, committed):.2f} per token, "
-        f"agreement of earlier loops with the last {agreement}, "
+        + agreement
         + ("steps are plain now." if plain else f"readouts fed from loop {entry} on.")
     )

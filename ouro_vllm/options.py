@@ -316,6 +316,16 @@ def speculates(params: Any) -> bool:
     )
 
 
+def leads(params: Any, depth: Depth) -> bool:
+    """Whether rows of such a request are always to run ahead, in batches where drafting does not pay, too.
+
+    Who watches wants to see what early loops say, a draft of the request's own is worth following, and the gate needs
+    rows that go on behind their exits.
+    """
+    extra = params.extra_args or {}
+    return bool(extra.get("ouro_anytime") or extra.get("ouro_draft") or depth.gated)
+
+
 def salt(given: str | None, depth: Depth, server: OuroOptions) -> str | None:
     """What sets a request's prefix-cache blocks apart: its deepest loop, unless it is the server's, and its own salt.
 

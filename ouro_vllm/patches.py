@@ -104,7 +104,8 @@ def carry_metrics() -> None:
 
 
 def look_out_in_bursts() -> None:
-    """`EngineCore.post_step` asks for drafts once for each piece of a burst, until a request or an abort has come.
+    """`EngineCore.post_step` asks for drafts once for each piece of a burst, until a request or an abort has come, and
+    not at all behind plain steps.
 
     Reason: vLLM takes in requests between steps only and asks for drafts once, so that who comes in the middle of a
     burst would wait for all of it. Only the engine core knows of both, and it decides for all ranks. An engine without
@@ -119,9 +120,10 @@ def look_out_in_bursts() -> None:
 
     @functools.wraps(original)
     def post_step(self: Any, model_executed: bool) -> None:
-        original(self, model_executed)
-        goes_on, coming = getattr(self.scheduler, "goes_on", None), getattr(self, "input_queue", None)
-        while goes_on is not None and goes_on() and (coming is None or coming.empty()):
+        asks, coming = getattr(self.scheduler, "next_piece", None), getattr(self, "input_queue", None)
+        if asks is None or asks():
+            original(self, model_executed)
+        while asks is not None and (coming is None or coming.empty()) and asks():
             original(self, model_executed)
 
     setattr(post_step, PLUGIN, True)

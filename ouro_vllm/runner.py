@@ -42,7 +42,7 @@ from ouro_vllm.attention import at_other_blocks, is_own
 from ouro_vllm.exits import ExitPick, chance
 from ouro_vllm.kv import Pool
 from ouro_vllm.names import EXITS, PLUGIN
-from ouro_vllm.options import speculates
+from ouro_vllm.options import leads, speculates
 from ouro_vllm.plain import PlainDepths
 from ouro_vllm.sharing import AVERAGE, Sharing
 from ouro_vllm.sizes import compiled, rounded
@@ -75,7 +75,7 @@ class LoopPasses(PlainDepths):
         self._layers: dict[str, Any] = {}
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
-        self._own_step = self._bare = False
+        self._own_step = self._bare = self._plain = False
         self._ahead: int | None = None  # passes of the burst that are still to run, None if no drafts are due
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
@@ -171,25 +171,29 @@ class LoopPasses(PlainDepths):
             self._watches.pop(request, None)
             self._led.discard(request)
             self._barred.pop(request, None)
-        self._pace = getattr(scheduler_output, PLUGIN, self._pace)
         result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params.min_tokens:
                 state = self.requests[new.req_id]
                 self._barred[new.req_id] = state.num_prompt_tokens + new.sampling_params.min_tokens
-            extra = getattr(new.sampling_params, "extra_args", None) or {}
-            asked = extra.get("ouro_anytime", 0)
+            asked = (new.sampling_params.extra_args or {}).get("ouro_anytime", 0)
             if asked:
                 self._watches[new.req_id] = Watch(traced=asked > 1)
-            if asked or extra.get("ouro_draft") or self._depths[new.req_id].gated:
+            if leads(new.sampling_params, self._depths[new.req_id]):
                 self._led.add(new.req_id)
         return result
 
     # The forward.
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM does, remembering that this is a step, whose metadata may be ours to build."""
-        self._own_step, self._ahead = self._waves is not None, None
+        """As vLLM does, remembering that this is a step, whose metadata may be ours to build.
+
+        A plain one, until its tokens are sampled, is what vLLM does on servers that do not speculate.
+        """
+        self._pace, self._ahead = getattr(scheduler_output, PLUGIN, self._pace), None
+        self._plain = self._bare = self._pace.plain and not scheduler_output.scheduled_spec_decode_tokens
+        self._own_step = self._waves is not None and not (self._plain and self._sharing is None)
+        self.speculative_config = None if self._plain else self.vllm_config.speculative_config
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -217,8 +221,9 @@ class LoopPasses(PlainDepths):
         inputs_embeds: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        if self._bare and self._burst and self._scheduled is not None:
-            self._leave_flights()
+        if self._bare and self._waves is not None and self._waves.flights and self._scheduled is not None:
+            for request in self.input_batch.req_ids:  # who drafts again starts from what is committed
+                self._waves.forget(request)
         chunks = self._lockstep()
         if chunks or not self._own_step:
             began, context = perf_counter(), nullcontext()
@@ -345,10 +350,10 @@ class LoopPasses(PlainDepths):
         """Whether this step runs bare: what vLLM scheduled and nothing else, as plain decoding does.
 
         So that nobody's first token waits for rows behind it, that is also how prompts run that have a step to
-        themselves. A step that verifies drafts has their rows already. The gate needs rows that go on behind their
-        exits, who watches wants to see what early loops say, and a draft of the request's own is worth following.
+        themselves. A step that verifies drafts has their rows already. With a request in it for which something is
+        always to run ahead (`options.leads`) no step is bare.
         """
-        if not self._burst:
+        if not self._burst or self._plain:
             return True
         if self._scheduled.scheduled_spec_decode_tokens:
             return False
@@ -356,19 +361,9 @@ class LoopPasses(PlainDepths):
         if self._led and not self._led.isdisjoint(batch.req_ids):
             return False
         starts = batch.num_computed_tokens_cpu
-        return self._pace.plain or all(
+        return all(
             starts[index] < self.requests[request].num_prompt_tokens for index, request in enumerate(batch.req_ids)
         )
-
-    def _leave_flights(self) -> None:
-        """Of a plain step's requests nothing is under way; who drafts again starts from what is committed."""
-        requests = self.input_batch.req_ids
-        if self._waves.flights:
-            for request in requests:
-                self._waves.forget(request)
-        discarded = self.discard_request_mask.np[: len(requests)].tolist()
-        decided = [request for request, gone in zip(requests, discarded, strict=True) if not gone]
-        self._waves.count_plain([self._depths[request].loops for request in decided])
 
     def _stages(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         """What runs in lockstep, one after the other; flights go with the last. One stage, unless KV is shared.
@@ -624,8 +619,7 @@ class LoopPasses(PlainDepths):
         """Take note of what was sampled; drafts are made in `take_draft_token_ids`."""
         assert self._waves is not None
         if self._bare:
-            self._committed += sum(map(len, sampled_token_ids))
-            self._ahead = None if self._pace.plain else self._pace.passes
+            self._ahead = self._pace.passes
             return [[] for _ in sampled_token_ids]
         lengths = self.input_batch.num_tokens_no_spec
         for lane, sampled in zip(self._lanes, sampled_token_ids, strict=True):
@@ -709,14 +703,20 @@ class LoopPasses(PlainDepths):
         """As vLLM does; what was measured goes along with the output."""
         output = super().sample_tokens(grammar_output)
         if self._waves and self._burst:
-            plain = self._bare and self._pace.plain
-            in_flight = sum(len(flight.rows) + len(flight.trail) for flight in self._waves.flights.values())
-            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, plain))
+            if self._bare:
+                depths, sampled = map(self._depths.__getitem__, output.req_ids), output.sampled_token_ids
+                loops = [depth.loops for depth, tokens in zip(depths, sampled, strict=True) if tokens]
+                self._committed += len(loops)
+                self._waves.count_plain(loops)
+            flights = self._waves.flights
+            in_flight = sum(len(one.rows) + len(one.trail) for one in flights.values()) if flights else 0
+            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, self._plain))
             if self._exits:
                 setattr(output, EXITS, self._exits)
             self._committed, self._exits = 0, {}
-            frames = {request: self._frame(request) for request in self._watches if request in output.req_id_to_index}
-            if frames:
+            if self._watches:
+                watched = self._watches.keys() & output.req_id_to_index.keys()
+                frames = {request: self._frame(request) for request in watched}
                 setattr(output, FRAMES, frames)
         return output
 

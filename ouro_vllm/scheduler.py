@@ -14,10 +14,10 @@ from ouro_vllm.anytime.frames import FRAMES
 from ouro_vllm.kv import LoopManager, decoding_capacity
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
-from ouro_vllm.options import OuroOptions, speculates
+from ouro_vllm.options import OuroOptions, leads, speculates
 from ouro_vllm.patches import look_out_in_bursts
 from ouro_vllm.tally import DepthFigures
-from ouro_vllm.wavefront.pacing import Pacer, StepReport
+from ouro_vllm.wavefront.pacing import Batch, Pacer, StepReport
 from ouro_vllm.wavefront.waves import Counts
 
 logger = init_logger(f"vllm.{PLUGIN}.scheduler")
@@ -51,13 +51,13 @@ class OuroScheduler(DepthFigures, Scheduler):
         self.pacer = Pacer(
             options.max_loops, self.num_spec_tokens, options.entry_loop, contested=options.speculation == "wavefront"
         )
-        self.pieces = 0  # of the latest burst, that may still run
-        self.drafted = False  # whether the latest of them had anything to do
+        self.pieces = 0  # of the burst behind the latest step, that may still run
+        self.drafted = False  # whether the latest of them had anything to do, or none has run
         self.steps = 0
         self.past = StepReport(Counts(), 0)  # of all steps up to the latest line in the log
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
         self.latest: StepReport | None = None
-        self.steady: tuple[Any, bool, bool] | None = None  # see `_batch`
+        self.steady: tuple[Any, Batch] | None = None  # see `_batch`
 
     def _share(self, options: OuroOptions) -> None:
         """Tell the managers of the loops what they need, and the log what sharing is worth."""
@@ -93,9 +93,11 @@ class OuroScheduler(DepthFigures, Scheduler):
         began = self.clock()
         output = super().schedule(*args, **kwargs)
         if self.num_spec_tokens:
-            pace = self.pacer.begin(began, *self._batch(output))
+            pace = self.pacer.begin(began, self._batch(output))
             setattr(output, PLUGIN, pace)
-            self.pieces = pace.pieces if self.ouro.speculation == "wavefront" else 1
+            plain = pace.plain and not output.scheduled_spec_decode_tokens
+            self.pieces = 0 if plain else pace.pieces if self.ouro.speculation == "wavefront" else 1
+            self.drafted = True
         return output
 
     def update_draft_token_ids(self, *args: Any, **kwargs: Any) -> None:
@@ -103,23 +105,24 @@ class OuroScheduler(DepthFigures, Scheduler):
         super().update_draft_token_ids(*args, **kwargs)
         self.pieces, self.drafted = self.pieces - 1, True
 
-    def goes_on(self) -> bool:
-        """Whether the burst has another piece, asked once behind each. See `patches.look_out_in_bursts`."""
+    def next_piece(self) -> bool:
+        """Whether the runner is to be asked for drafts, once more. See `patches.look_out_in_bursts`."""
         drafted, self.drafted = self.drafted, False
         return drafted and self.pieces > 0
 
-    def _batch(self, output: Any) -> tuple[int, bool, bool, int, int]:
-        """What `Pacer.begin` wants to know of a step: lanes, hurry, drawn, prompts, fresh."""
+    def _batch(self, output: Any) -> Batch:
+        """What the pace is to know of a step."""
         scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
         if self.steady is not None and output.total_num_scheduled_tokens == len(scheduled):
             # One token each, of those who were past their prompts a step ago: nobody has to be looked at.
-            requests, hurry, drawn = self.steady
+            requests, batch = self.steady
             if requests == scheduled.keys():
-                return len(scheduled), hurry, drawn, 0, 0
-        decoding, hurry, drawn, prompts, fresh = 0, False, 0, 0, 0
+                return batch
+        decoding, hurry, led, drawn, prompts, fresh = 0, False, False, 0, 0, 0
         for request_id, tokens in scheduled.items():
             request = self.requests[request_id]
             drawn += request.sampling_params.temperature > 0
+            led = led or leads(request.sampling_params, request.ouro_depth.depth)
             prompt = tokens - 1 - len(drafts.get(request_id, ()))
             prompts += prompt
             if request.num_computed_tokens < request.num_tokens:  # more of the prompt to come
@@ -128,9 +131,10 @@ class OuroScheduler(DepthFigures, Scheduler):
                 decoding += 1
                 fresh += prompt > 0 or not request.num_output_tokens
                 hurry = hurry or not speculates(request.sampling_params)
-        most_drawn = 2 * drawn > len(scheduled)
-        self.steady = (scheduled.keys(), hurry, most_drawn) if decoding == len(scheduled) else None
-        return decoding, hurry, most_drawn, prompts, fresh
+        batch = Batch(decoding, hurry, led, 2 * drawn > len(scheduled), prompts, fresh)
+        same = decoding == len(scheduled)
+        self.steady = (scheduled.keys(), batch._replace(prompts=0, fresh=0)) if same else None
+        return batch
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """As vLLM does, after learning from what the runner measured; frames go along with their requests' tokens."""

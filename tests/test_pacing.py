@@ -12,6 +12,7 @@ from ouro_vllm.wavefront.pacing import (
     LOOK,
     SHARE,
     TRIALS,
+    Batch,
     Pace,
     Pacer,
     PassCost,
@@ -127,9 +128,17 @@ class Server:
         self.pacer, self.drafting, self.plain, self.prompt, self.burst = pacer, drafting, plain, prompt, burst
         self.now, self.tokens, self.drafted, self.steps = 0.0, 0, 0, []
 
-    def step(self, lanes: int, fresh: int = 0, drawn: bool = False, hurry: bool = False, busy: bool = True) -> Pace:
+    def step(
+        self,
+        lanes: int,
+        fresh: int = 0,
+        drawn: bool = False,
+        hurry: bool = False,
+        busy: bool = True,
+        led: bool = False,
+    ) -> Pace:
         """fresh: requests whose prompts, 50 tokens each, end in this step."""
-        pace = self.pacer.begin(self.now, lanes, hurry, drawn, 50 * fresh, fresh)
+        pace = self.pacer.begin(self.now, Batch(lanes, hurry, led, drawn, 50 * fresh, fresh))
         ran_plain = pace.plain and not self.drafted  # drafts have to be verified first
         committed = lanes if not self.drafted else fresh + self.drafted * (lanes - fresh)
         self.drafted = 0 if pace.plain else self.burst if pace.passes else 4
@@ -298,6 +307,18 @@ def test_no_plain_steps_where_something_is_fixed():
     for pacer in (Pacer(4, 8, fixed=1), Pacer(4, 8, contested=False)):
         server = Server(pacer, drafting=3e-3, plain=1e-3)
         assert not any(server.step(8).plain for _ in range(4 * LOOK))
+
+
+def test_no_plain_steps_where_something_is_always_to_run_ahead():
+    """Nor do such steps decide anything for the others."""
+    server = Server(Pacer(4, 8), drafting=3e-3, plain=1e-3)
+    for _ in range(4 * LOOK):
+        assert not server.step(8, led=True).plain
+    (contest,) = server.pacer.contests.values()
+    assert not contest.plain and not contest.scores
+    while not contest.plain:
+        server.step(8)
+    assert server.step(8).plain and not server.step(8, led=True).plain and server.step(8).plain
 
 
 def test_trials_go_on_where_somebody_always_waits():

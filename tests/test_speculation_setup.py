@@ -8,8 +8,10 @@ from checkpoints import write
 from vllm import SamplingParams
 
 from ouro_vllm import SelfSpeculator
+from ouro_vllm.options import Depth
 from ouro_vllm.speculation import MOST_PASSES, SPECULATOR
 from ouro_vllm.speculator import SelfSpeculator as Defined
+from ouro_vllm.tally import Tally
 
 SETTING = {"method": "custom_class", "model": SPECULATOR, "num_speculative_tokens": 8}
 
@@ -152,16 +154,21 @@ def test_batches_that_are_not_looked_at_are_those_that_need_not_be():
         made.requests, made.steady = {}, None
         return made
 
-    chance, remembered = Random(3), 0
+    chance, remembered, tally = Random(3), 0, Tally(Depth(4))
     swift = scheduler()
     for number in range(3000):
         requests = swift.requests
         if len(requests) < 4 and chance.random() < 0.2:
             params = SamplingParams(
-                temperature=chance.choice([0.0, 0.7]), extra_args=chance.choice([None, None, {"ouro_speculate": 0}])
+                temperature=chance.choice([0.0, 0.7]),
+                extra_args=chance.choice([None, None, {"ouro_speculate": 0}, {"ouro_anytime": 1}]),
             )
             requests[str(number)] = SimpleNamespace(
-                sampling_params=params, prompt=chance.randint(1, 40), num_output_tokens=0, num_computed_tokens=0
+                sampling_params=params,
+                prompt=chance.randint(1, 40),
+                num_output_tokens=0,
+                num_computed_tokens=0,
+                ouro_depth=tally,
             )
         running = [name for name in requests if chance.random() < 0.97]
         for name in sorted(requests.keys() - running):  # preempted, or not in this step

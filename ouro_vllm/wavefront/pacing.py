@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
 from statistics import median
+from typing import NamedTuple
 
 from ouro_vllm.wavefront.waves import GUESSES, Counts
 
@@ -61,6 +62,21 @@ class Pace:
     def pieces(self) -> int:
         """Of the burst, at least one: without passes, too, what has been settled is asked for."""
         return max(1, -(-self.passes // self.piece))
+
+
+class Batch(NamedTuple):
+    """What the pace is to know of a step's requests.
+
+    lanes: those that decode. hurry: someone waits for the next step: no burst before it. led: for one of them something
+    is always to run ahead: no plain step. drawn: most tokens are sampled, not the likeliest. prompts, fresh: see `Lap`.
+    """
+
+    lanes: int
+    hurry: bool = False
+    led: bool = False
+    drawn: bool = False
+    prompts: int = 0
+    fresh: int = 0
 
 
 @dataclass
@@ -263,7 +279,7 @@ class Pacer:
         self.guesses = [GUESSED * PRIOR / place for place in range(1, GUESSES + 1)]
         self.hits = [count / 2 for count in self.guesses]
         self.entry, self.most = 0 if self.fixed is None else self.fixed, GUESSES
-        self.steps, self.plain = 0, False
+        self.steps, self.plain, self.quiet = 0, False, Pace(self.loops, 0, plain=True)
         self.contests: dict[tuple[int, bool], Contest] = {}
         self.lap: Lap | None = None
         self.last: Lap | None = None
@@ -274,7 +290,7 @@ class Pacer:
         counts = report.counts
         for rows, seconds in counts.shapes:
             self.cost.learn(rows, seconds)
-        if not (counts.finished or any(counts.guesses)):  # a plain step
+        if not counts.drafted:
             return
         for loop, count in enumerate(counts.settled):
             self.settled[loop] += count
@@ -311,23 +327,22 @@ class Pacer:
         ways = [(0, GUESSES), (0, 1), *((entry, GUESSES) for entry in range(1, self.loops + 1))]
         return {way: self.seconds_per_token(*way, lanes) for way in ways}
 
-    def begin(self, now: float, lanes: int, hurry: bool, drawn: bool, prompts: int, fresh: int) -> Pace:
-        """A step begins: decide. now: seconds on a clock. drawn: most tokens are sampled, not the likeliest.
-
-        lanes, hurry: see `decide`. prompts, fresh: see `Lap`.
-        """
-        contest = self._contest(lanes, drawn)
+    def begin(self, now: float, batch: Batch) -> Pace:
+        """A step begins: decide. now: seconds on a clock."""
+        lanes = batch.lanes
+        contest = self._contest(lanes, batch.drawn)
         # Nobody goes on from the step before: that may have been long ago.
-        last = self.last = self.lap if lanes > fresh else None
+        last = self.last = self.lap if lanes > batch.fresh else None
         if last is not None:
             last.seconds = now - last.began
             last.contest.clock += last.seconds
             if last.plain and last.counts:
                 self._plain_lap(last)
-        self.plain = self.contested and self.fixed is None and lanes > 0 and contest.decide()
-        pace = Pace(self.loops, 0, plain=True) if self.plain else self.decide(lanes, hurry)
+        contested = self.contested and self.fixed is None and lanes > 0 and not batch.led
+        self.plain = contested and contest.decide()
+        pace = self.quiet if self.plain else self.decide(lanes, batch.hurry)
         counts = last is not None and last.plain == pace.plain
-        self.lap = Lap(now, contest, pace.plain, counts, prompts, fresh)
+        self.lap = Lap(now, contest, pace.plain, counts, batch.prompts, batch.fresh)
         return pace
 
     def _contest(self, lanes: int, drawn: bool) -> Contest:
@@ -382,7 +397,7 @@ class Pacer:
             lap.contest.lap(False, lap.seconds - prompts, committed)
 
     def decide(self, lanes: int, hurry: bool) -> Pace:
-        """How to draft. lanes: requests that decode. hurry: someone waits for the next step: no burst before it."""
+        """How to draft. lanes, hurry: see `Batch`."""
         passes, pass_seconds = 0 if hurry else self.passes, self.cost.of(lanes * self.loops)
         piece = max(1, int(PIECE / pass_seconds)) if pass_seconds else self.passes
         if self.fixed is not None or not lanes:

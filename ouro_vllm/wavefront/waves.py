@@ -90,16 +90,27 @@ class Counts:
     seconds: float = 0.0  # in passes
     shapes: list[tuple[int, float]] = field(default_factory=list)  # (rows, seconds) of passes without chunks
 
+    @property
+    def drafted(self) -> bool:
+        """Whether anything ran ahead. Otherwise all but passes, rows and seconds are zero."""
+        return self.finished > 0 or self.dropped > 0 or any(self.guesses)
+
     def add(self, other: "Counts") -> None:
         """Take in another's sums; its single passes (`shapes`) are not kept."""
-        for name in ("passes", "rows", "dropped", "lane_passes", "restarts", "finished", "seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.passes += other.passes
+        self.lane_passes += other.lane_passes
+        self.rows += other.rows
+        self.seconds += other.seconds
+        if not other.drafted:
+            return
+        self.dropped += other.dropped
+        self.restarts += other.restarts
+        self.finished += other.finished
         for name in ("agreed", "judged", "settled", "guesses", "hits", "looked"):
             mine, theirs = getattr(self, name), getattr(other, name)
             mine += [0] * (len(theirs) - len(mine))
-            if any(theirs):  # of plain steps none are
-                for loop, count in enumerate(theirs):
-                    mine[loop] += count
+            for loop, count in enumerate(theirs):
+                mine[loop] += count
 
 
 def slots_needed(loops: int, passes: int, requests: int) -> int:
@@ -146,8 +157,9 @@ class Waves:
         self.guessing = 0  # guesses that could enter in the latest pass
 
     def _fresh(self) -> Counts:
-        names, places = ("agreed", "judged", "settled"), ("guesses", "hits", "looked")
-        return Counts(**{name: [0] * self.loops for name in names}, **{name: [0] * GUESSES for name in places})
+        guesses, hits, looked = [0] * GUESSES, [0] * GUESSES, [0] * GUESSES
+        agreed, judged, settled = [0] * self.loops, [0] * self.loops, [0] * self.loops
+        return Counts(guesses=guesses, hits=hits, looked=looked, agreed=agreed, judged=judged, settled=settled)
 
     def report(self) -> Counts:
         """What was counted since the last call."""
