@@ -171,6 +171,16 @@ def test_whichever_gives_tokens_faster_is_used(drafting, plain, answer):
         assert server.now - began < 1.03 * min(drafting, plain) / 1e3 * (server.tokens - before)
 
 
+@pytest.mark.parametrize(("gain", "wanted"), [(0.99, True), (0.96, False)])
+def test_drafting_goes_on_only_where_it_gains(gain, wanted):
+    """First tokens wait for bursts, which a percent is not worth."""
+    server = Server(Pacer(4, 8), drafting=gain * 1e-3, plain=1e-3)
+    for _ in range(80 * LOOK):
+        server.step(8)
+    (contest,) = server.pacer.contests.values()
+    assert contest.plain == wanted
+
+
 def test_what_was_faster_may_change():
     server = Server(Pacer(4, 8), drafting=1e-3, plain=2e-3)
     for drafting, plain in ((1e-3, 2e-3), (2e-3, 1e-3), (1e-3, 2e-3)):
@@ -243,7 +253,7 @@ def test_one_lucky_trial_is_not_enough():
 def test_a_machine_that_gets_slower_all_the_time_favours_none():
     """Every step takes 3% longer than the one before, for a while: what ran before is no measure of a trial."""
     server = Server(Pacer(4, 8), drafting=1.2e-3, plain=1e-3, burst=1)
-    for number in range(100 * LOOK):
+    for number in range(200 * LOOK):
         slower = 1.03 ** (number % (2 * LOOK))
         server.drafting, server.plain = 1.2e-3 * slower, 1e-3 * slower
         server.step(8)
@@ -325,7 +335,7 @@ def test_trials_go_on_where_somebody_always_waits():
     """For whom nothing is drafted, among others: no step has a burst then."""
     for drafting, plain in ((1e-3, 2e-3), (2e-3, 1e-3)):
         server = Server(Pacer(4, 8), drafting, plain)
-        for _ in range(40 * LOOK):
+        for _ in range(80 * LOOK):
             server.step(8, hurry=True)
         (contest,) = server.pacer.contests.values()
         assert len(contest.scores) >= TRIALS // 2 and contest.plain == (plain < drafting)
