@@ -8,9 +8,9 @@ so the best choice depends on the machine, the model and the batch.
 
 Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
 promise to be kept. Whichever of the two is not in use runs a few steps now and then, which are compared with those
-right before and behind them, since machines drift. What gave tokens faster in the middle of the latest trials goes on:
-drafting is taken up for `MARGIN` at least, and kept up for `KEPT`. Within a trial all seconds count against all tokens:
-of drafting steps a few are far longer than most, those with prompts in them. Pure Python.
+right before and behind them, since machines drift. What gave tokens faster in the middle of the latest trials goes on,
+drafting if it did by `MARGIN` at least. Within a trial all seconds count against all tokens: of drafting steps a few
+are far longer than most, those with prompts in them. Pure Python.
 """
 
 from collections import deque
@@ -37,8 +37,7 @@ TRIALS = 8  # the latest, that say which of the two is faster
 FEWEST = 2  # trials before anything else is taken up
 NEXT = 4  # steps between trials until there were so many
 CLEAR = 1.25  # what gives tokens so many times slower needs no more steps of its trial
-MARGIN = 0.05  # drafting must promise this much to be taken up
-KEPT = 0.02  # and this much to be kept up: first tokens wait for bursts. Plain steps are the promise, and need nothing
+MARGIN = 0.05  # drafting must gain this much, since first tokens wait for bursts; plain steps are the promise
 # Of the time may be lost to trials. The second is the least: each trial that speaks for what is in use halves it.
 SHARE = 0.005, 0.00125
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
@@ -254,7 +253,7 @@ class Contest:
         self.tried = []
         self.left = NEXT if len(self.scores) < TRIALS else REST[self.plain]
         if len(self.scores) >= FEWEST:
-            self.plain = median(self.scores) > log(1 - (MARGIN if self.plain else KEPT))
+            self.plain = median(self.scores) > log(1 - MARGIN)
 
 
 @dataclass
