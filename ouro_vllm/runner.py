@@ -75,7 +75,7 @@ class LoopPasses(PlainDepths):
         self._layers: dict[str, Any] = {}
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
-        # Of a step: its metadata is ours to build; nothing runs ahead in it; nor in a burst behind it, as the pace says.
+        # Of a step: its metadata is ours to build; nothing runs ahead in it; nor in a burst behind it, by the pace.
         self._own_step = self._bare = self._plain = False
         self._ahead: int | None = None  # passes of the burst that are still to run, None if no drafts are due
         self._lookups: dict[str, Lookup] = {}
