@@ -75,8 +75,7 @@ class LoopPasses(PlainDepths):
         self._layers: dict[str, Any] = {}
         self._pace = Pace(entry=1, passes=self._burst)
         self._lanes: list[Lane] = []
-        # Of a step: its metadata is ours to build; nothing runs ahead in it; nor in a burst behind it, by the pace.
-        self._own_step = self._bare = self._plain = False
+        self._own_step = self._bare = False  # of a step: its metadata is ours to build; nothing runs ahead in it
         self._ahead: int | None = None  # passes of the burst that are still to run, None if no drafts are due
         self._lookups: dict[str, Lookup] = {}
         self._watches: dict[str, Watch] = {}
@@ -192,9 +191,9 @@ class LoopPasses(PlainDepths):
         A plain one, until its tokens are sampled, is what vLLM does on servers that do not speculate.
         """
         self._pace, self._ahead = getattr(scheduler_output, PLUGIN, self._pace), None
-        self._plain = self._bare = self._pace.plain and not scheduler_output.scheduled_spec_decode_tokens
-        self._own_step = self._waves is not None and not (self._plain and self._sharing is None)
-        self.speculative_config = None if self._plain else self.vllm_config.speculative_config
+        self._bare = self._pace.plain
+        self._own_step = self._waves is not None and not (self._bare and self._sharing is None)
+        self.speculative_config = None if self._pace.plain else self.vllm_config.speculative_config
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -354,7 +353,7 @@ class LoopPasses(PlainDepths):
         themselves. A step that verifies drafts has their rows already. With a request in it for which something is
         always to run ahead (`options.leads`) no step is bare.
         """
-        if not self._burst or self._plain:
+        if not self._burst or self._pace.plain:
             return True
         if self._scheduled.scheduled_spec_decode_tokens:
             return False
@@ -711,7 +710,7 @@ class LoopPasses(PlainDepths):
                 self._waves.count_plain(loops)
             flights = self._waves.flights
             in_flight = sum(len(one.rows) + len(one.trail) for one in flights.values()) if flights else 0
-            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, self._plain))
+            setattr(output, PLUGIN, StepReport(self._waves.report(), self._committed, in_flight, self._pace.plain))
             if self._exits:
                 setattr(output, EXITS, self._exits)
             self._committed, self._exits = 0, {}

@@ -4,6 +4,7 @@ Self-speculation: slots for rows that run ahead, and one place where the pace is
 loops have to know of requests.
 """
 
+from dataclasses import replace
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -94,9 +95,10 @@ class OuroScheduler(DepthFigures, Scheduler):
         output = super().schedule(*args, **kwargs)
         if self.num_spec_tokens:
             pace = self.pacer.begin(began, self._batch(output))
+            if pace.plain and output.scheduled_spec_decode_tokens:  # they are verified before steps are plain
+                pace = replace(pace, plain=False)
             setattr(output, PLUGIN, pace)
-            plain = pace.plain and not output.scheduled_spec_decode_tokens
-            self.pieces = 0 if plain else pace.pieces if self.ouro.speculation == "wavefront" else 1
+            self.pieces = 0 if pace.plain else pace.pieces if self.ouro.speculation == "wavefront" else 1
             self.drafted = True
         return output
 

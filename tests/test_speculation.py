@@ -392,15 +392,16 @@ def test_plain_steps_between_drafting_ones(plain, swift, bank, monkeypatch, seed
     for number, (ids, _) in enumerate(pairs):
         wish = params(**kinds[number % len(kinds)], seed=number, max_tokens=dice.choice([1, 2, 7, 60, 90]))
         arrivals.append((dice.randint(0, 40), ids, wish))
-    runner, proposed = runner_of(swift), []
-    propose = runner.propose_draft_token_ids
+    runner, proposed, asked = runner_of(swift), [], set()
+    propose, take = runner.propose_draft_token_ids, runner.take_draft_token_ids
     monkeypatch.setattr(
         runner, "propose_draft_token_ids", lambda *args, **more: proposed.append(len(steps)) or propose(*args, **more)
     )
+    monkeypatch.setattr(runner, "take_draft_token_ids", lambda: asked.add(len(steps) - 1) or take())
     assert serve(swift, arrivals) == serve(plain, arrivals)
     assert steps.count(True) > 10 and steps.count(False) > 10
-    # Plain ones are vLLM's as without speculation: it calls no drafter behind them, and behind all others it does.
-    assert proposed == [number for number, one in enumerate(steps) if not one]
+    # In plain ones vLLM calls no drafter and asks for no drafts, as without speculation; in all others it does.
+    assert proposed == sorted(asked) == [number for number, one in enumerate(steps) if not one]
     sums = scheduler_of(swift).totals
     passes = (sums.counts.lane_passes - before[0]) / (sums.committed - before[1])
     assert 1 < passes < 4  # plain steps are counted, four passes each

@@ -20,7 +20,7 @@ from ouro_vllm.noise import key
 from ouro_vllm.wavefront.flight import Flight, Row, complete
 from ouro_vllm.wavefront.lookup import LONGEST, SHORTEST, Lookup
 from ouro_vllm.wavefront.pacing import passes_per_token, rows_per_token
-from ouro_vllm.wavefront.waves import GUESSES, Chunk, Lane, Waves, must_fit, slots_needed
+from ouro_vllm.wavefront.waves import GUESSES, Chunk, Counts, Lane, Waves, must_fit, slots_needed
 
 BLOCK = 4  # positions per block of the KV cache
 STOP = 0  # the token that ends an answer, for requests that have one
@@ -355,7 +355,7 @@ class Engine:
     def __init__(self, text: Text, passes: int, requests: int = 1, textbook: bool = False, tight: bool = False) -> None:
         """tight: passes have room for what each step needs, and no more."""
         self.text, self.passes, self.textbook, self.requests, self.tight = text, passes, textbook, requests, tight
-        self.memory = Memory(text.loops)
+        self.memory, self.sums = Memory(text.loops), Counts()
         self.machine = Machine(text, self.memory)
         self.waves = self.machine.waves = Waves(text.loops, passes, requests, self.machine)
         self.machine.slots = slots_needed(text.loops, passes, requests)
@@ -496,9 +496,13 @@ class Engine:
         return {lane.index: lane.flight.settled(self.passes) for lane in lanes}
 
     def check_counts(self) -> None:
-        """What was counted is what happened."""
-        counts, machine, loops = self.waves.report(), self.machine, range(1, self.text.loops + 1)
+        """What was counted, and summed up over the reports, is what happened."""
+        self.sums.add(self.waves.report())
+        counts, machine, loops = self.sums, self.machine, range(1, self.text.loops + 1)
         assert (counts.passes, counts.rows) == (machine.passes, machine.rows)
+        if not counts.judged:  # nothing ran ahead, so the sums have no lists
+            assert not any(machine.judged[loop] for loop in loops)
+            return
         for guesses, hits, looked in zip(counts.guesses, counts.hits, counts.looked, strict=True):
             assert hits <= guesses and max(hits, looked) <= counts.finished
         assert counts.judged == [machine.judged[loop] for loop in loops]
@@ -558,6 +562,8 @@ class Storm:
             self.engine.step(works, self.entry, self.dice.randint(0, self.passes), lost)
             if self.calm:
                 self.check_passes()
+            elif self.chance(0.5):
+                self.engine.sums.add(self.engine.waves.report())
             lost = [name for name, request in self.live.items() if request.finished]
             for name in lost:  # vLLM gives the blocks back at once and tells the runner with the next step
                 self.engine.memory.shrink(self.live.pop(name).table, 0)

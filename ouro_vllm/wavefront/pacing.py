@@ -48,8 +48,8 @@ PIECE = 0.01  # seconds of a burst, about, between looks at whether somebody cam
 class Pace:
     """What the scheduler decides and ships with its output, so that all ranks do the same.
 
-    entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead.
-    piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
+    entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead, neither in it nor
+    behind it. piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
     """
 
     entry: int
