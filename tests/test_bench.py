@@ -126,7 +126,9 @@ def test_bench_measures_every_mode_and_batch_and_writes_what_it_found(fake, tmp_
     page = readme.read_text()
     assert page.startswith("before\n<!-- bench -->\n") and page.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in page
-    row = "| wavefront | 4 | 200.0 (200.0 to 200.0) | 2.00 (2.00 to 2.00) |  | 2.00 | 5.00 | 92% | *2.00* |"
+    row = (
+        "| wavefront | 4 | 200.0 (200.0 to 200.0) | 2.00 (2.00 to 2.00) |  | 250 | 2.00 | 5.00 | 1.00 | 92% | *2.00* |"
+    )
     assert row in page and row in capsys.readouterr().out
     assert gone(folder)
 
@@ -147,6 +149,15 @@ def test_modes_are_asked_in_turn_plain_first_after_all_have_started(fake, capsys
     assert {name: value for name, value in start.items() if name != "options"} == {
         name: value for name, value in plain[0]["start"].items() if name != "options"
     }
+
+
+def test_a_mode_may_ask_for_something_of_its_own(fake):
+    folder = fake("good")
+    assert cli.main(["bench", folder, "--batch", "2", "--rounds", "1", "--modes", "plain,wavefront-off"]) == 0
+    plain, off = sorted(asked(folder), key=lambda questions: "speculative_config" in questions[0]["start"]["options"])
+    question = {"batch": 2, "requests": 8, "temperature": 0.0, "parts": run.PARTS}
+    assert plain[1:] == [{"measure": question}] * 2
+    assert off[1:] == [{"measure": {**question, "extra_args": {"ouro_speculate": 0}}}] * 2
 
 
 @pytest.fixture
@@ -463,7 +474,7 @@ def example(sampled: bool = True) -> dict:
 
 def test_tables():
     text = report.text(example())
-    row = "| wavefront | 8 | 30.0 (30.0 to 30.0) | 3.00 (3.00 to 3.00) |  | 2.00 | 5.00 | 50% | *2.00* |"
+    row = "| wavefront | 8 | 30.0 (30.0 to 30.0) | 3.00 (3.00 to 3.00) |  | 100 | 2.00 | 5.00 | 1.50 | 50% | *2.00* |"
     assert text.count(row) == 2
     assert "Agreement of depths 1, 2, 3 with 4 (greedy, wavefront-full, batch 1): 0.50, 0.50, 1.00." in text
     assert "projection, not a measurement" in text and "temperature 0.7:" in text
@@ -498,6 +509,7 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
 
 
 def test_modes_as_options():
+    assert modes.ASKED.keys() < modes.MODES.keys()
     for mode in modes.MODES:
         options = modes.engine_options(mode, passes=5, drafts=2, window=64)
         assert modes.speculative(mode) == ("speculative_config" in options)
@@ -555,16 +567,15 @@ def test_environment_of_children(monkeypatch):
 
 
 class FakeEngine:
-    """As `LLMEngine` to `worker.answer`: two tokens per step and request, `params` tokens each."""
+    """As `LLMEngine` to `worker.answer`: two tokens per step and request of `places`, `params` tokens each."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int) -> None:
         self.left: dict[str, deque[int]] = {}
-        self.most, self.order = 0, []
+        self.places, self.order = places, []
 
     def add_request(self, name: str, prompt: dict, params: int) -> None:
         self.left[name] = deque(prompt["prompt_token_ids"] * params)
         self.order.append(name)
-        self.most = max(self.most, len(self.left))
 
     def abort_request(self, names: list[str]) -> None:
         self.aborted = {name: len(self.left.pop(name)) for name in names}
@@ -574,7 +585,7 @@ class FakeEngine:
 
     def step(self) -> list[SimpleNamespace]:
         news = []
-        for name, left in list(self.left.items()):
+        for name, left in list(self.left.items())[: self.places]:
             new = [left.popleft() for _ in range(min(2, len(left)))]
             if not left:
                 del self.left[name]
@@ -582,27 +593,25 @@ class FakeEngine:
         return news
 
 
-def test_worker_keeps_the_batch_full_and_no_fuller():
-    engine, steps = FakeEngine(), []
+def test_worker_asks_for_all_and_stops_once_the_first_ones_are_answered():
+    engine, times = FakeEngine(3), iter(range(1, 100))
 
     def stepped() -> float:
-        steps.append(len(engine.left))
-        return time.perf_counter()
+        return float(next(times))
 
     prompts, lengths = [[number] for number in range(20)], [1, 8, 3, 2, 5, 4, 1, *[3] * 13]
-    so_far, answering = [], worker.answer(engine, "run-1", prompts, lengths, 7, 3, stepped)
+    so_far, answering = [], worker.answer(engine, "run-1", prompts, lengths, 7, 3, stepped, lambda: 0.0)
     while isinstance(tokens := worker.onward(answering), int):
         so_far.append(tokens)
     outputs, waits, decoding, seconds = tokens
     assert so_far == [5, 10, 16, 22] and sum(map(len, outputs)) == 26
     assert outputs[:7] == [[number] * length for number, length in enumerate(lengths[:7])]
-    assert engine.most == 3 and engine.order == [f"run-1-{number}" for number in range(len(engine.order))]
-    assert steps == [2, 1, 3, 1, 1]  # left after each
-    assert engine.order[-1] == "run-1-7"  # took a place that got free for good
-    assert outputs[7:] == [[7, 7], *[[]] * 12] and engine.aborted == {"run-1-7": 1}
-    assert 0 < seconds < 10 and len(waits) == 7 and all(0 < wait < 10 for wait in waits)
-    # Two tokens come per step: what is out after one step takes no time behind its first token.
-    assert [seconds > 0 for seconds in decoding] == [length > 2 for length in lengths[:7]]
+    assert engine.order == [f"run-1-{number}" for number in range(20)]
+    assert outputs[7:] == [[7, 7], *[[]] * 12]  # took a place that got free for good
+    assert engine.aborted == {"run-1-7": 1, **{f"run-1-{number}": 3 for number in range(8, 20)}}
+    assert waits == [1.0] * 7  # each had its first tokens in the step behind the one that left it a place
+    assert decoding == [(length + 1) // 2 - 1 for length in lengths[:7]]  # two tokens come per step
+    assert seconds == 0.0  # by the clock
 
 
 def test_worker_counts_between_two_sums():
@@ -711,7 +720,7 @@ def test_a_measurement_in_parts_is_that_in_one_with_the_clock_stopped_between(mo
 
     def measured(parts: int) -> tuple:
         lengths = [8, 5, 6]
-        steps = worker.answer(FakeEngine(), "1", [[7]] * 3, lengths, 3, 2, stepped, engine.clock)
+        steps = worker.answer(FakeEngine(2), "1", [[7]] * 3, lengths, 3, 2, stepped, engine.clock)
         answering, breaks = engine._in_parts(steps, sum(lengths) - 2, parts), 0
         while isinstance(found := worker.onward(answering), dict):
             breaks += 1

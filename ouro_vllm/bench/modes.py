@@ -12,9 +12,11 @@ MODES = {
     "draft-verify": "the textbook method: some drafts at depth 1, then one verification",
     "wavefront": "self-speculation as served: adapts to what passes cost on this machine",
     "wavefront-full": "self-speculation that feeds every first readout: its counts do not depend on the machine",
+    "wavefront-off": "the server of `wavefront`, asked by requests that are not drafted for",
     "plain-again": "plain in another engine: what two engines of one kind differ by on this machine",
     "plain-eager": "plain without compilation",
 }
+ASKED: dict[str, dict[str, Any]] = {"wavefront-off": {"ouro_speculate": 0}}  # by every request, in `vllm_xargs`
 
 
 def method(mode: str) -> str:

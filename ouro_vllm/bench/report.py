@@ -8,8 +8,8 @@ from typing import Any
 from ouro_vllm.bench.modes import BASE, MODES, method, speculative
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = dict(zip(MODES, ("#000000", "#D55E00", "#0072B2", "#009E73", "#999999", "#CC79A7"), strict=True))
-MARKERS = dict(zip(MODES, "osD^vp", strict=True))
+COLOURS = dict(zip(MODES, ("#000000", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#999999", "#CC79A7"), strict=True))
+MARKERS = dict(zip(MODES, "osD^Xvp", strict=True))
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -47,8 +47,10 @@ def overview(figures: dict[str, Any], series: str) -> list[list[str]]:
             "tokens/s, median (least to most)",
             f"ratio to {BASE} (least to most)",
             "behind the first token",
+            "first token, ms",
             "passes per token",
             "rows per token",
+            "ratio by R / passes per token",
             "outputs identical",
             f"*projected* ratio, flat to {figures['projection']['flat_rows']} rows",
         ]
@@ -62,8 +64,10 @@ def overview(figures: dict[str, Any], series: str) -> list[list[str]]:
                 f"{rate['median']:.1f} ({rate['least']:.1f} to {rate['most']:.1f})",
                 f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})",
                 "" if decoding is None else f"{decoding['median']:.2f}",
+                f"{1000 * found['first_token_seconds']['median']:.0f}",
                 f"{found['passes_per_token']:.2f}",
                 f"{found['rows_per_token']:.2f}",
+                f"{found['share_of_bound']:.2f}",
                 f"{found['identical']:.0%}",
                 f"*{found['projected_ratio']:.2f}*",
             ]
@@ -77,11 +81,9 @@ def details(figures: dict[str, Any], series: str) -> list[list[str]]:
         [
             "mode",
             "batch",
-            "ratio by R / passes per token",
             "rows per pass",
             "restarts per 100 tokens",
             "outside passes",
-            "first token, ms",
             "KV held per token of context, KiB",
             "KV read per token, each row by itself, MiB",
             "first difference at token, median (least)",
@@ -95,11 +97,9 @@ def details(figures: dict[str, Any], series: str) -> list[list[str]]:
             [
                 mode,
                 batch,
-                f"{found['share_of_bound']:.2f}",
                 f"{found['rows_per_pass']:.1f}",
                 f"{100 * found['restarts_per_token']:.1f}",
                 "" if outside is None else f"{outside:.0%}",
-                f"{1000 * found['first_token_seconds']['median']:.0f}",
                 f"{found['kv_bytes_held'] / 2**10:.1f}",
                 f"{found['kv_bytes_read'] / 2**20:.1f}",
                 "" if differs is None else f"{differs['median']:.0f} ({differs['least']:.0f})",

@@ -14,7 +14,7 @@ from ouro_vllm import __version__
 from ouro_vllm.bench import report
 from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, BenchError, Child, stop_all
 from ouro_vllm.bench.figures import PROJECTION, Measurement, as_json, summaries
-from ouro_vllm.bench.modes import BASE, engine_options, speculative
+from ouro_vllm.bench.modes import ASKED, BASE, engine_options, method, speculative
 from ouro_vllm.bench.results import Results, finish, read, save
 from ouro_vllm.cpu import KV_SPACE, environment, is_cpu_build
 from ouro_vllm.demo import looks_like_folder
@@ -211,8 +211,10 @@ def alternate(
     order = sorted(plan.modes, key=lambda mode: mode != BASE)
     rounds: dict[str, list[Measurement]] = {mode: [] for mode in order}
     question = {"batch": batch, "requests": plan.requests(batch), "temperature": temperature, "parts": PARTS}
+    asked = {mode: {"extra_args": ASKED[method(mode)]} if method(mode) in ASKED else {} for mode in order}
+    questions = {mode: {"measure": {**question, **asked[mode]}} for mode in order}
     for number in range(plan.rounds + 1):
-        answers = in_turn({mode: children[mode] for mode in order}, {"measure": question})
+        answers = in_turn(children, questions)
         base, said = answers[BASE]["outputs"], []
         reference += [] if reference else base
         for mode in order:
@@ -226,10 +228,10 @@ def alternate(
     return rounds
 
 
-def in_turn(children: dict[str, Child], question: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def in_turn(children: dict[str, Child], questions: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The children's answers. They work on them in parts, one at a time, always in the same order: whoever went on
     after its own part would find its caches warm."""
-    answers = {mode: child.ask(question) for mode, child in children.items()}
+    answers = {mode: children[mode].ask(question) for mode, question in questions.items()}
     while under_way := [mode for mode, answer in answers.items() if "measurement" not in answer]:
         answers |= {mode: children[mode].ask({"go_on": {}}) for mode in under_way}
     return answers

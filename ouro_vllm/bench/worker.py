@@ -204,9 +204,9 @@ class Engine:
         extra_args: dict[str, Any] | None = None,
         parts: int = 1,
     ) -> Generator[dict[str, Any], None, dict[str, Any]]:
-        """Answer that many requests, never more than `batch` at once, a new one as soon as one is done.
+        """Answer that many requests, never more than `batch` at once: the others wait in the engine.
 
-        Until all are done others follow them, so that the batch is full to the end; what these are given counts as
+        Until all are done more follow them, so that the batch is full to the end; what these are given counts as
         tokens, but their answers are not finished. Request i has prompt i, starting over when they are used up, seed
         i and `answer_length` i. Detokenisation, which a server does in another process, is left out. extra_args:
         `vllm_xargs` of all. parts: to stand aside between these, which have about as many tokens each.
@@ -236,6 +236,7 @@ class Engine:
         prompts = [self.prompts[number % len(self.prompts)] for number in range(len(params))]
         entries: Counter[str] = Counter()
         scheduler = self.core.scheduler
+        scheduler.max_num_running_reqs = scheduler.max_num_active_reqs = batch
         pool, held = scheduler.kv_cache_manager.block_pool, (0, 0)  # tokens, blocks
 
         def stepped() -> float:
@@ -296,7 +297,9 @@ class Engine:
     def _counted(self) -> Any:
         """Sums since the engine's start."""
         if self.speculates:
-            return asdict(self.core.scheduler.totals)
+            sums = self.core.scheduler.totals
+            sums.counts.add(self.runner._waves.counts)  # of the latest burst, which the next step would report
+            return asdict(sums)
         return self.forwards, self.pass_seconds
 
     def _between(self, before: Any, after: Any, tokens: int) -> dict[str, Any]:
@@ -326,7 +329,7 @@ def answer(
     stepped: Callable[[], float],
     clock: Callable[[], float] = perf_counter,
 ) -> Generator[int, None, tuple[list[list[int]], list[float], list[float], float]]:
-    """Have vLLM's LLMEngine answer the first `requests` prompts (token ids), never more than `batch` at once.
+    """Have vLLM's LLMEngine answer the first `requests` prompts (token ids); it takes `batch` at once, in order.
 
     As long as one of them is under way those behind them take the places of the ones that are done; they are then
     broken off. name: no other call has it. stepped: called after each step, says when (by `clock`) its tokens left the
@@ -336,36 +339,34 @@ def answer(
         Tokens so far, after every step but the last.
 
     Returns:
-        Token ids of each request; of the first ones the seconds from their arrival to their first token and from that
-        to their last; and the seconds from the first arrival to when the last of them was done.
+        Token ids of each request; of the first ones the seconds from when there was a place for them to their first
+        token, and from that to their last; and the seconds until the last of them was done.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
-    arrived, waits, decoding = [0.0] * len(prompts), [0.0] * len(prompts), [0.0] * len(prompts)
-    waiting, running, left = deque(range(len(prompts))), set(), requests
-    began, tokens = clock(), 0
+    first, waits, decoding = [0.0] * len(prompts), [0.0] * len(prompts), [0.0] * len(prompts)
+    for number, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
+        engine.add_request(f"{name}-{number}", {"prompt_token_ids": prompt}, asked)
+    running, left, tokens, began = set(range(len(prompts))), requests, 0, clock()
+    places = deque([began] * batch)  # since when they are free
     while left:
-        while waiting and len(running) < batch:
-            number = waiting.popleft()
-            arrived[number] = clock()
-            engine.add_request(f"{name}-{number}", {"prompt_token_ids": prompts[number]}, params[number])
-            running.add(number)
         news = engine.step()
         out = stepped()
         for output in news:
             number = int(output.request_id.rpartition("-")[2])
             if new := output.outputs[0].token_ids:
                 if not outputs[number]:
-                    waits[number] = out - arrived[number]
-                decoding[number] = out - arrived[number] - waits[number]
+                    first[number], waits[number] = out, out - places.popleft()
+                decoding[number] = out - first[number]
                 outputs[number] += new
                 tokens += len(new)
             if output.finished:
                 running.remove(number)
+                places.append(out)
                 left -= number < requests
         if left:
             yield tokens
     seconds = clock() - began
-    engine.abort_request([f"{name}-{number}" for number in running])
+    engine.abort_request([f"{name}-{number}" for number in sorted(running)])
     while engine.has_unfinished_requests():
         engine.step()
     return outputs, waits[:requests], decoding[:requests], seconds
