@@ -72,9 +72,9 @@ STANDS_FOR = {
     "verify_and_update_model_config",
     "vllm.model_executor.models.interfaces_base.VllmModel": "embed_input_ids forward",
     "vllm.model_executor.models.interfaces_base.VllmModelForTextGeneration": "compute_logits",
-    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "_build_attention_metadata _get_spec_decode_draft_probs "
-    "_input_fits_in_drafter _model_forward _sample _update_states execute_model initialize_kv_cache "
-    "propose_draft_token_ids sample_tokens shutdown take_draft_token_ids",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "_build_attention_metadata _get_slot_mappings "
+    "_get_spec_decode_draft_probs _input_fits_in_drafter _model_forward _prepare_inputs _sample _update_states "
+    "execute_model initialize_kv_cache propose_draft_token_ids sample_tokens shutdown take_draft_token_ids",
 }
 # Functions whose inside the plugin relies on.
 INSIDES = {

@@ -61,6 +61,7 @@ class Exported:
             "vllm:ouro_mean_depth", "Mean of the loops that tokens were read after, so far.", labels, **latest
         )
         self.read: dict[str, tuple[int, int]] = {}  # engine: tokens, sum of their loops
+        self.known: set[str] = set()  # engines
 
     def observe(self, step: dict[str, Any], engine: int) -> None:
         """step: what `carried` made, or `exits`, tokens by loop (see `tally`), or both.
@@ -69,20 +70,25 @@ class Exported:
         """
         label = str(engine)
         tokens, loops = self.read.get(label, (0, 0))
+        depth = self.depth.labels(label)
         for loop, count in enumerate(step.get("exits", ()), 1):
             for _ in range(count):
-                self.depth.labels(label).observe(loop)
+                depth.observe(loop)
             tokens, loops = tokens + count, loops + count * loop
         if "exits" in step:
             self.read[label] = tokens, loops
             self.mean.labels(label).set(loops / tokens)
         if "committed" not in step:
             return
+        new = label not in self.known  # then all that there is to count is shown, as 0 too
+        self.known.add(label)
         for name, counter in self.sums.items():
-            counter.labels(label).inc(step[name])
+            if step[name] or new:
+                counter.labels(label).inc(step[name])
         for name, counter in self.per_loop.items():
             for loop, count in enumerate(step[name], 1):
-                counter.labels(label, str(loop)).inc(count)
+                if count or new:
+                    counter.labels(label, str(loop)).inc(count)
         self.tokens.labels(label).inc(step["committed"])
         self.in_flight.labels(label).set(step["in_flight"])
         self.entry.labels(label).set(step["entry"])

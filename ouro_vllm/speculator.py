@@ -12,7 +12,7 @@ class SelfSpeculator:
     """Marks a server as self-speculating."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Raises ValueError where the model has no loops to draft with, or the runner is not ours."""
+        """Raises ValueError where the model is not Ouro."""
         from ouro_vllm.names import ARCHITECTURE
 
         architectures = vllm_config.model_config.architectures

@@ -56,10 +56,13 @@ class DepthFigures:
                 if not count or output.request_id not in seen:
                     continue
                 tally = seen[output.request_id].ouro_depth
-                loops = exits.get(output.request_id, ())[:count] or [tally.depth.loops] * count
                 tally.tokens += count
-                tally.loops += sum(loops)
+                loops = exits.get(output.request_id, ())[:count]
+                if not loops:
+                    tally.loops += count * tally.depth.loops
+                    self.read[tally.depth.loops - 1] += count
                 for loop in loops:
+                    tally.loops += loop
                     self.read[loop - 1] += 1
         for client in outputs.values():
             if client.scheduler_stats is not None and self.read != self.reported:

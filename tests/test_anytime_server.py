@@ -240,6 +240,7 @@ def test_a_client_that_does_not_read_slows_nobody_and_gets_everything(server):
         connection.sock = slow
         connection.request("POST", "/v1/anytime/completions", json.dumps(body), {"Content-Type": "application/json"})
         until(lambda: gauge(server, "vllm:num_requests_running") == 1, 60)
+        until(lambda: gauge(server, "vllm:ouro_rows_in_flight") > 0, 30)
         other = {**GREEDY, "prompt": PROMPTS[1]}
         checked(ask(server, other), plain(server, other))
         idle(server)  # the engine is done, the client has read nothing

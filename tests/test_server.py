@@ -31,9 +31,13 @@ def complete(client: openai.OpenAI, prompt: str | list[int] = PROMPT, **options)
     return client.completions.create(model=MODEL, prompt=prompt, **{"temperature": 0, "max_tokens": 48, **options})
 
 
-def gauge(server: str, name: str) -> float:
+def gauge(server: str, name: str, loop: int | None = None) -> float:
+    """A metric that must be there, summed over its labels, or of this loop."""
     lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+    wanted = "" if loop is None else f'loop="{loop}"'
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{") and wanted in line]
+    assert values, f"no {name} in /metrics"
+    return sum(values)
 
 
 def token_ids(choice) -> list[int]:
@@ -122,10 +126,12 @@ def test_json_schema(client):
 
 
 def test_metrics_of_self_speculation(server, client):
-    """A request more is so many tokens more; readouts of the last loop agree with themselves; drafts are accepted."""
+    """A request more is so many tokens more; early loops agree with the last one often; drafts are accepted."""
+    complete(client)  # the first request makes the metrics
     names = ["tokens_total", "passes_total", "request_passes_total", "rows_total", "pass_seconds_total"]
     before = [gauge(server, f"vllm:ouro_{name}") for name in names]
-    drafted = gauge(server, "vllm:spec_decode_num_draft_tokens_total")
+    drafts = [f"vllm:spec_decode_num_{kind}_tokens_total" for kind in ("draft", "accepted")]
+    drafted, accepted = (gauge(server, name) for name in drafts)
     complete(client, max_tokens=64, extra_body={"ignore_eos": True})
     until(lambda: gauge(server, "vllm:ouro_tokens_total") >= before[0] + 64, 30)
     after = [gauge(server, f"vllm:ouro_{name}") for name in names]
@@ -133,11 +139,15 @@ def test_metrics_of_self_speculation(server, client):
     assert tokens == 64
     assert 0 < passes == request_passes < 4 * 64  # alone in the batch, and fewer than plain decoding's
     assert rows >= 4 * 63 and seconds > 0
-    assert gauge(server, "vllm:spec_decode_num_draft_tokens_total") > drafted
-    lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
-    loops = [line.rsplit(" ", 1)[1] for line in lines if 'loop="4"' in line and "readouts" in line and "_total" in line]
-    assert len(loops) == 2 and loops[0] == loops[1] != "0.0"
-    assert any(line.startswith("vllm:ouro_drafting{") for line in lines)
+    drafted, accepted = gauge(server, drafts[0]) - drafted, gauge(server, drafts[1]) - accepted
+    assert drafted > 20 and accepted > 0.95 * drafted
+    judged, agreed = (
+        [gauge(server, f"vllm:ouro_readouts{what}_total", loop) for loop in range(1, 5)] for what in ("", "_agreed")
+    )
+    assert all(0 < some < of_all for some, of_all in zip(agreed[:3], judged[:3], strict=True))
+    assert agreed[3] == judged[3] > 0
+    assert gauge(server, "vllm:ouro_restarts_total") > 0 and gauge(server, "vllm:ouro_rows_dropped_total") > 0
+    assert gauge(server, "vllm:ouro_drafting") in (0, 1) and 0 <= gauge(server, "vllm:ouro_entry_loop") <= 4
 
 
 def test_drafting_can_be_switched_off_for_a_request(server, client):

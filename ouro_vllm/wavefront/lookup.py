@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ouro_vllm.wavefront.flight import Row
 
 LONGEST, SHORTEST = 4, 2  # tokens in a row that must have been seen before
+MOST_LEARNED = 4096  # tokens that are learned at once: about 10 ms, in which a burst can't be left, and 2 MB
 
 
 class Lookup:
@@ -31,11 +32,13 @@ class Lookup:
             self._after[tuple(tokens[place - length : place])] = tokens[place]
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Tokens that are committed, next in the sequence."""
+        """Tokens that are committed, next in the sequence. Of a long prompt only the end is looked up in."""
+        older = len(self.tokens) + len(tokens) - MOST_LEARNED
         for token in tokens:
             place = len(self.tokens)
             self.tokens.append(token)
-            self._learn(self.tokens, place)
+            if place >= older:
+                self._learn(self.tokens, place)
             if place >= self.start:
                 self.right = self.right and self.draft[place - self.start : place - self.start + 1] == [token]
 

@@ -95,8 +95,7 @@ class Step:
 class Passes:
     """`waves.Machine` on vLLM.
 
-    embed: token ids [N] -> [N, D]. model: (positions [N], hidden [N, D], metadata, slots [N]) -> [N, D].
-    metadata: vLLM's CommonAttentionMetadata -> what the attention backend reads.
+    embed: token ids [N] -> [N, D]. model: (positions [N], hidden [N, D], vLLM's CommonAttentionMetadata) -> [N, D].
     choose: (hidden [M, D], M times (lane index, row)) -> tokens [M]; sets `exit` of rows that the gate lets go.
     loops: R. sharing: how loops share keys and values, None if they do not. caches: where the mean over loops is to be
         written, the KV cache of each layer, [blocks, ...]; else none. kernels: attention is ours (`kernels.backend`).
