@@ -244,7 +244,7 @@ class LoopPasses(PlainDepths):
         try:
             return self._wave_forward(input_ids)
         except Exception:
-            logger.exception("Self-speculation failed in this step; its rows are computed again, plainly.")
+            self._survive("in this step; its rows are computed again, plainly")
             self._waves.lose()
             return self._wave_forward(input_ids, follow=False)
 
@@ -297,7 +297,8 @@ class LoopPasses(PlainDepths):
             if stage:
                 step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
                 step.exits = self._exits_of(stage)
-            waves.forward(lanes if number == len(stages) else [], stage, follow=follow and not self._textbook)
+            boarded = lanes if number == len(stages) else []
+            waves.forward(boarded, stage, follow and not self._textbook, self._pace.apart)
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
@@ -328,7 +329,7 @@ class LoopPasses(PlainDepths):
                 tail = batch.token_ids_cpu[index, start + count - known : start + count].tolist()
                 claimed = waves.claim(flight, start + count - known, tail)
                 self._limit(index, flight, state)
-            lead = 0 if flight.missing is None else start - flight.missing
+            lead = 0 if flight.missing is None else max(0, start - flight.missing)
             if claimed < count or lead:
                 chunks.append(Chunk(index, start - lead, lead + count - claimed, where, depth.loops, lead))
             # What follows a prompt reads the shared keys and values of that prompt, which are not there yet.
@@ -593,11 +594,19 @@ class LoopPasses(PlainDepths):
         One lacks after a failure only. vLLM then judges the drafts as if they were certain, which leaves the
         distribution as it is but not what a seed draws.
         """
-        batch = self.input_batch
-        if not batch.random_reqs:
+        if not self.input_batch.random_reqs:
             return None
+        try:
+            return self._draft_probabilities(spec_decode_metadata.num_draft_tokens)
+        except Exception:
+            self._survive("to say how likely its drafts were; they are judged without")
+            return None
+
+    def _draft_probabilities(self, counts: Sequence[int]) -> torch.Tensor | None:
+        """See `_get_spec_decode_draft_probs`. counts: drafts per request."""
+        batch = self.input_batch
         rows: list[torch.Tensor] = []
-        for lane, drafts in zip(self._lanes, spec_decode_metadata.num_draft_tokens, strict=True):
+        for lane, drafts in zip(self._lanes, counts, strict=True):
             if batch.req_ids[lane.index] not in batch.random_reqs:
                 rows += [torch.zeros(batch.vocab_size, device=self.device)] * drafts
                 continue
@@ -609,6 +618,17 @@ class LoopPasses(PlainDepths):
 
     # Drafting.
 
+    def _survive(self, failure: str) -> None:
+        """Say what failed, of the exception at hand, and go on.
+
+        Raises:
+            that exception: under tensor parallel. Other ranks may not have failed, and no two of them would run the
+                same passes any more: wrong answers are worse than an engine that ends, as it does on vLLM's failures.
+        """
+        if self.parallel_config.tensor_parallel_size > 1:
+            raise
+        logger.exception("Self-speculation failed %s.", failure)
+
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """vLLM stops drafting for everybody near the end of one context; here each flight has its own end."""
         return common_attn_metadata is not None
@@ -617,10 +637,18 @@ class LoopPasses(PlainDepths):
         self, scheduler_output: Any, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any
     ) -> list[list[int]]:
         """Take note of what was sampled; drafts are made in `take_draft_token_ids`."""
-        assert self._waves is not None
-        if self._bare:
-            self._ahead = self._pace.passes
-            return [[] for _ in sampled_token_ids]
+        self._ahead = self._pace.passes
+        if not self._bare:
+            try:
+                self._take_note(sampled_token_ids)
+            except Exception:
+                self._survive("behind this step's tokens; the next one has no drafts")
+                self._waves.lose()
+                self._ahead = None
+        return [[] for _ in sampled_token_ids]
+
+    def _take_note(self, sampled_token_ids: list[list[int]]) -> None:
+        """Of these tokens, per request, which vLLM has just added to what is committed."""
         lengths = self.input_batch.num_tokens_no_spec
         for lane, sampled in zip(self._lanes, sampled_token_ids, strict=True):
             if not sampled:
@@ -638,8 +666,6 @@ class LoopPasses(PlainDepths):
             self._waves.restart(flight, position, sampled[-1])
             if sampled[-1] in flight.stops or position >= flight.end:
                 self._waves.free += flight.ground()
-        self._ahead = self._pace.passes
-        return [[] for _ in self._lanes]
 
     def _depart(self) -> list[Lane]:
         """Lanes of a step that ran bare. Nothing is under way: flights start with the token it decided, if it did."""
@@ -687,7 +713,7 @@ class LoopPasses(PlainDepths):
                     return None
                 drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}
         except Exception:
-            logger.exception("Self-speculation failed while drafting; this step goes without drafts.")
+            self._survive("while drafting; this step goes without drafts")
             self._waves.lose()
             self._ahead, drafts = None, {}
         request_ids = list(self.input_batch.req_ids)

@@ -54,6 +54,8 @@ class OuroScheduler(DepthFigures, Scheduler):
         )
         self.pieces = 0  # of the burst behind the latest step, that may still run
         self.drafted = False  # whether the latest of them had anything to do, or none has run
+        self.begun = False  # whether one has run
+        self.full: int | None = None  # requests that ran in the latest step, if others waited for a place
         self.steps = 0
         self.past = StepReport(Counts(), 0)  # of all steps up to the latest line in the log
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
@@ -99,18 +101,30 @@ class OuroScheduler(DepthFigures, Scheduler):
                 pace = replace(pace, plain=False)
             setattr(output, PLUGIN, pace)
             self.pieces = 0 if pace.plain else pace.pieces if self.ouro.speculation == "wavefront" else 1
-            self.drafted = True
+            self.drafted, self.begun = True, False
+            self.full = len(self.running) if self.waiting else None
         return output
 
     def update_draft_token_ids(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, which calls it behind each piece of a burst that had anything to do."""
         super().update_draft_token_ids(*args, **kwargs)
-        self.pieces, self.drafted = self.pieces - 1, True
+        self.pieces, self.drafted, self.begun = self.pieces - 1, True, True
 
     def next_piece(self) -> bool:
-        """Whether the runner is to be asked for drafts, once more. See `patches.look_out_in_bursts`."""
+        """Whether the runner is to be asked for drafts, once more. See `patches.look_out_in_bursts`.
+
+        Not, but for the first piece, where requests that wait can have a quarter of the places.
+        """
         drafted, self.drafted = self.drafted, False
-        return drafted and self.pieces > 0
+        return drafted and self.pieces > 0 and not (self.begun and self._places_free())
+
+    def _places_free(self) -> bool:
+        """Whether so many have ended in this step that those who wait can have a quarter of the places.
+
+        For fewer, in large batches somebody nearly always, another step would cost more than they lose, as in
+        `Waves.burst`.
+        """
+        return self.full is not None and 4 * (self.full - len(self.running)) >= self.full
 
     def _batch(self, output: Any) -> Batch:
         """What the pace is to know of a step."""
@@ -120,11 +134,13 @@ class OuroScheduler(DepthFigures, Scheduler):
             requests, batch = self.steady
             if requests == scheduled.keys():
                 return batch
-        decoding, hurry, led, drawn, prompts, fresh = 0, False, False, 0, 0, 0
+        decoding, hurry, led, drawn, prompts, fresh, alone = 0, False, False, 0, 0, 0, True
         for request_id, tokens in scheduled.items():
             request = self.requests[request_id]
             drawn += request.sampling_params.temperature > 0
             led = led or leads(request.sampling_params, request.ouro_depth.depth)
+            drafted_for = speculates(request.sampling_params)
+            alone = alone and not drafted_for
             prompt = tokens - 1 - len(drafts.get(request_id, ()))
             prompts += prompt
             if request.num_computed_tokens < request.num_tokens:  # more of the prompt to come
@@ -132,8 +148,8 @@ class OuroScheduler(DepthFigures, Scheduler):
             else:
                 decoding += 1
                 fresh += prompt > 0 or not request.num_output_tokens
-                hurry = hurry or not speculates(request.sampling_params)
-        batch = Batch(decoding, hurry, led, 2 * drawn > len(scheduled), prompts, fresh)
+                hurry = hurry or not drafted_for
+        batch = Batch(decoding, hurry, led, 2 * drawn > len(scheduled), prompts, fresh, alone)
         same = decoding == len(scheduled)
         self.steady = (scheduled.keys(), batch._replace(prompts=0, fresh=0)) if same else None
         return batch

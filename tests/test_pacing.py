@@ -136,9 +136,10 @@ class Server:
         hurry: bool = False,
         busy: bool = True,
         led: bool = False,
+        alone: bool = False,
     ) -> Pace:
         """fresh: requests whose prompts, 50 tokens each, end in this step."""
-        pace = self.pacer.begin(self.now, Batch(lanes, hurry, led, drawn, 50 * fresh, fresh))
+        pace = self.pacer.begin(self.now, Batch(lanes, hurry, led, drawn, 50 * fresh, fresh, alone))
         ran_plain = pace.plain and not self.drafted  # drafts have to be verified first
         committed = lanes if not self.drafted else fresh + self.drafted * (lanes - fresh)
         self.drafted = 0 if pace.plain else self.burst if pace.passes else 4
@@ -329,6 +330,39 @@ def test_no_plain_steps_where_something_is_always_to_run_ahead():
     while not contest.plain:
         server.step(8)
     assert server.step(8).plain and not server.step(8, led=True).plain and server.step(8).plain
+
+
+def test_steps_of_requests_that_are_not_drafted_for_are_plain():
+    """All of them, in every run of such requests, and neither kind of batch decides anything for the other."""
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=3e-3)
+    for _ in range(40):
+        assert all(server.step(8, hurry=True, alone=True).plain for _ in range(10))
+        for _ in range(10):
+            server.step(8)
+    (contest,) = server.pacer.contests.values()
+    assert contest.scores and not contest.plain
+    mixed = Server(Pacer(4, 8), drafting=1e-3, plain=3e-3)
+    for _ in range(400):
+        mixed.step(8)
+    (other,) = mixed.pacer.contests.values()
+    assert contest.clock == pytest.approx(other.clock, rel=0.5)  # its own 400 steps', not those of the others
+
+
+def test_rows_sit_out_where_first_tokens_would_wait_for_them():
+    """Not where passes cost about the same with them, nobody waits, nobody else decodes, or all is fixed."""
+    waiting = Batch(4, prompts=6, fresh=1)
+    for free, late in ((10, True), (100, False)):
+        pacer = taught(lambda rows, free=free: free + rows)
+        pace = pacer.begin(0.0, waiting)
+        assert pace.entry < 2 and pace.apart == late
+        for batch in (
+            waiting._replace(prompts=0, fresh=0),
+            waiting._replace(lanes=1),
+            waiting._replace(led=True),
+            waiting._replace(prompts=1000),  # beside so many rows a few more are no matter
+        ):
+            assert not pacer.begin(0.0, batch).apart
+    assert not taught(lambda rows: 10 + rows, fixed=1).begin(0.0, waiting).apart
 
 
 def test_trials_go_on_where_somebody_always_waits():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ouro_vllm.noise import key
 from ouro_vllm.wavefront.flight import Flight, Row, complete
-from ouro_vllm.wavefront.lookup import LONGEST, SHORTEST, Lookup
+from ouro_vllm.wavefront.lookup import LONGEST, MOST_LEARNED, SHORTEST, Lookup
 from ouro_vllm.wavefront.pacing import passes_per_token, rows_per_token
 from ouro_vllm.wavefront.waves import GUESSES, Chunk, Counts, Lane, Waves, must_fit, slots_needed
 
@@ -90,17 +90,19 @@ class Text:
 class Settling(Text):
     """A text whose readouts are final from a given loop on, and say one and the same wrong token before.
 
-    settle: that loop, for each row of plain decoding after a prompt of the one token 1. Rows that stand on a wrong
-    token are sure of what they say.
+    settles: that loop, for each row of plain decoding after a prompt of the one token 1, per root from 0 on. Rows that
+    stand on a wrong token are sure of what they say.
     """
 
-    def __init__(self, loops: int, settle: Sequence[int]) -> None:
+    def __init__(self, loops: int, *settles: Sequence[int]) -> None:
         super().__init__(loops, 7, 1.0, 1)
+        self.roots = [0] + [self.after(0, -number) for number in range(1, len(settles))]
         self.settles: dict[int, int] = {}
-        prefix = self.after(0, 1)
-        for loop in settle:
-            self.settles[prefix] = loop
-            prefix = self.after(prefix, self.readout(prefix, loops))
+        for root, settle in zip(self.roots, settles, strict=True):
+            prefix = self.after(root, 1)
+            for loop in settle:
+                self.settles[prefix] = loop
+                prefix = self.after(prefix, self.readout(prefix, loops))
 
     def choose(self, prefix: int, depth: int) -> int:
         final = key(self.hashes[prefix], -1) % self.words
@@ -355,6 +357,8 @@ class Engine:
     def __init__(self, text: Text, passes: int, requests: int = 1, textbook: bool = False, tight: bool = False) -> None:
         """tight: passes have room for what each step needs, and no more."""
         self.text, self.passes, self.textbook, self.requests, self.tight = text, passes, textbook, requests, tight
+        self.apart = False  # whether rows that nobody waits for sit out in the next forward
+        self.deaf = False  # whether what the next step samples fails to be noted
         self.memory, self.sums = Memory(text.loops), Counts()
         self.machine = Machine(text, self.memory)
         self.waves = self.machine.waves = Waves(text.loops, passes, requests, self.machine)
@@ -380,6 +384,8 @@ class Engine:
         for lane, work in zip(lanes, works, strict=True):
             self.verify(lane, work, hidden[lane.index])
         try:
+            if self.deaf:
+                raise Broken
             drafts = self.draft([lane for lane in lanes if lane.speculates], passes)
         except Broken:
             self.waves.lose()
@@ -399,7 +405,7 @@ class Engine:
             request.passes += self.machine.lanes[lane.index].passes
 
     def forward(self, works: list[Work], entry: int) -> tuple[list[Lane], list[list[int]]]:
-        """As `SelfSpeculation._wave_forward`. Returns, per lane, the prefixes of the hidden states vLLM would get."""
+        """As `LoopPasses._wave_forward`. Returns, per lane, the prefixes of the hidden states vLLM would get."""
         waves, lanes, chunks, layout, where = self.waves, [], [], [], 0
         self.machine.lanes, self.machine.ran = {}, {}
         brief = not self.textbook  # every lane has settled drafts and rows for them
@@ -415,7 +421,7 @@ class Engine:
                 known = len(work.drafts) + 1
                 claimed = waves.claim(flight, start + count - known, tokens[-known:])
                 flight.end, flight.stops = limit, request.stops
-            lead = 0 if flight.missing is None else start - flight.missing
+            lead = 0 if flight.missing is None else max(0, start - flight.missing)
             if claimed < count or lead:
                 chunks.append(Chunk(index, start - lead, lead + count - claimed, where, request.loops, lead))
             follows = not work.discarded and request.speculates and not (self.textbook and request.gated)
@@ -438,8 +444,13 @@ class Engine:
                 request.stops,
             )
         chunks.sort(key=lambda chunk: -chunk.loops)
-        took = waves.forward(lanes, chunks, follow=not self.textbook)
+        before, under_way = self.machine.rows, {lane.index: len(lane.flight.rows) for lane in lanes}
+        took = waves.forward(lanes, chunks, not self.textbook, self.apart)
         assert took <= (1 if brief else self.text.loops)
+        if self.apart and not any(lane.flight.trail or lane.flight.gated for lane in lanes):
+            held = sum(lane.flight.held for lane in lanes)
+            assert self.machine.rows - before <= took * held, "rows that nobody waits for ran"
+            assert all(len(lane.flight.rows) <= max(under_way[lane.index], lane.flight.held) for lane in lanes)
 
         hidden: dict[int, int] = {}  # place among the step's tokens: prefix
         for chunk in chunks:
@@ -458,7 +469,7 @@ class Engine:
         return lanes, [[hidden[next(places)] for _ in range(work.count)] for work in works]
 
     def verify(self, lane: Lane, work: Work, hidden: list[int]) -> None:
-        """What vLLM's rejection sampler does, greedily, and `SelfSpeculation.propose_draft_token_ids`."""
+        """What vLLM's rejection sampler does, greedily, and `LoopPasses.propose_draft_token_ids`."""
         request, view = work.request, self.machine.lanes[lane.index]
         assert hidden == view.path[request.computed :], "hidden states of other tokens"
         if work.discarded:
@@ -481,13 +492,15 @@ class Engine:
         view.path = self.text.path(request.root, request.tokens)
         if lane.lookup is not None:
             lane.lookup.extend(request.tokens[len(lane.lookup.tokens) :])
+        if self.deaf:
+            return
         flight, position = view.flight, len(request.tokens) - 1
         self.waves.restart(flight, position, request.tokens[-1])
         if request.tokens[-1] in flight.stops or position >= flight.end:
             self.waves.free += flight.ground()
 
     def draft(self, lanes: list[Lane], passes: int) -> dict[int, list[int]]:
-        """As `SelfSpeculation.take_draft_token_ids`."""
+        """As `LoopPasses.take_draft_token_ids`."""
         if self.textbook:
             assert self.waves.draft(lanes, self.passes) <= self.passes
             return {lane.index: lane.flight.unsettled(self.passes) for lane in lanes}
@@ -557,6 +570,7 @@ class Storm:
                     lost.append(name)
             if self.chance(0.2):
                 self.entry = self.dice.randint(0, self.loops) * self.dice.randint(0, 1)
+            self.engine.apart, self.engine.deaf = self.chance(0.2), not self.calm and self.chance(0.05)
             if not self.calm and self.chance(0.04):
                 self.engine.machine.fuse = self.dice.randint(0, self.loops + self.passes)
             self.engine.step(works, self.entry, self.dice.randint(0, self.passes), lost)
@@ -709,6 +723,24 @@ def test_passes_per_token(drawn, passes):
 
 
 @settings(max_examples=60, deadline=None)
+@given(dice=DICE, loops=LOOPS, entry=st.integers(1, 16), passes=PASSES)
+def test_a_misprediction_costs_the_others_nothing(dice, loops, entry, passes):
+    """Requests that are wrong at places of their own, in one batch: each takes the passes that it takes alone."""
+    entry = min(entry, loops)
+    settles = [[dice.randint(1, loops) for _ in range(dice.randint(1, 25))] for _ in range(dice.randint(2, 4))]
+    text = Settling(loops, *settles)
+    engine = Engine(text, passes, len(settles))
+    requests = [
+        Request("abcd"[number], [1], len(settle), loops, root=root)
+        for number, (settle, root) in enumerate(zip(settles, text.roots, strict=True))
+    ]
+    while running := [request for request in requests if not request.finished]:
+        engine.step([everything(request) for request in running], entry, passes)
+    for request, settle in zip(requests, settles, strict=True):
+        assert request.passes == sum(max(entry, loop) for loop in settle[:-1]) + loops
+
+
+@settings(max_examples=60, deadline=None)
 @given(drawn=settling(), passes=PASSES)
 def test_rows_per_token(drawn, passes):
     """Exact where a wrong readout stays the same until it is put right, and all that follows from it is stable."""
@@ -830,6 +862,15 @@ def test_a_lookup_finds_what_followed_the_longest_run_last(tokens, cut):
             if len(tokens) >= length and tokens[place - length : place] == tokens[-length:]:
                 expected = tokens[place]
     assert lookup.guess(tokens) == expected
+
+
+def test_of_a_long_prompt_the_end_is_looked_up_in():
+    lookup = Lookup()
+    lookup.extend(range(MOST_LEARNED + 100))
+    assert lookup.guess([97, 98]) is None and lookup.guess([198, 199]) == 200
+    assert len(lookup.tokens) == MOST_LEARNED + 100  # positions stay what they are
+    lookup.extend([7, 8, 97, 98, 5])
+    assert lookup.guess([97, 98]) == 5
 
 
 def test_guesses_enter_together_and_the_readout_takes_out_the_wrong_ones():

@@ -69,7 +69,7 @@ class Flight:
         gated: the exit gate decides, before the last loop if it can.
         rows: what is under way and not committed, but for the oldest, which stands on the newest committed token.
         trail: committed rows before those, still running their last loops.
-        missing: first committed position whose last loops were lost with the trail, None if there is none.
+        missing: first position whose last loops were lost, None if there is none; it may not be committed yet.
         waiting: (position, token) that will enter next and needs no readout; None once it has entered.
         end: positions from here on are not entered (allocated slots, length of the answer, length of the context).
         stops: tokens that end the answer; nothing enters behind one.

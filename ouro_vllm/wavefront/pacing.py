@@ -15,7 +15,7 @@ are far longer than most, those with prompts in them. Pure Python.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from statistics import median
 from typing import NamedTuple
@@ -30,7 +30,7 @@ SAVED = 0.7  # passes that a right lookup saves: 0.72 on the bundled checkpoint 
 GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
 REST = 12, 64  # steps between trials while drafting, or plain steps, are in use: drafting ones are of many passes
-MOST_TIMED = 64  # rows in the largest pass timed at the start
+MOST_TIMED = 256  # rows in the largest pass timed at the start
 LAPS = 3, 6  # steps that a trial of drafting, or of plain steps, is to measure: drafting ones are of many passes
 FIRST = 4  # steps until the first trial
 TRIALS = 8  # the latest, that say which of the two is faster
@@ -42,6 +42,7 @@ MARGIN = 0.05  # drafting must gain this much, since first tokens wait for burst
 SHARE = 0.005, 0.00125
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
 PIECE = 0.01  # seconds of a burst, about, between looks at whether somebody came
+LATER = 0.25  # share of the time to a first token that rows running ahead of others may add
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Pace:
 
     entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead, neither in it nor
     behind it. piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
+    apart: in the step itself, where somebody waits for a first token, rows that nobody waits for sit out.
     """
 
     entry: int
@@ -57,6 +59,7 @@ class Pace:
     guesses: int = GUESSES
     plain: bool = False
     piece: int = 1
+    apart: bool = False
 
     @property
     def pieces(self) -> int:
@@ -69,6 +72,7 @@ class Batch(NamedTuple):
 
     lanes: those that decode. hurry: someone waits for the next step: no burst before it. led: for one of them something
     is always to run ahead: no plain step. drawn: most tokens are sampled, not the likeliest. prompts, fresh: see `Lap`.
+    alone: none of them is drafted for: no step but plain ones.
     """
 
     lanes: int
@@ -77,6 +81,7 @@ class Batch(NamedTuple):
     drawn: bool = False
     prompts: int = 0
     fresh: int = 0
+    alone: bool = False
 
 
 @dataclass
@@ -311,16 +316,20 @@ class Pacer:
         total = sum(self.settled)
         return [count / total for count in self.settled]
 
-    def seconds_per_token(self, entry: int, guesses: int, lanes: int) -> float:
-        """Expected time per step in which each of `lanes` requests gets one token."""
+    def _expected(self, entry: int, guesses: int) -> tuple[float, float]:
+        """Passes, and rows, per token of a request."""
         chances = self.chances()
         hits, made = (
             sum(count / looked for count, looked in zip(counts[:guesses], self.looked, strict=False))
             for counts in (self.hits, self.guesses)
         )
         passes = max(passes_per_token(chances, entry, hits), 1 / (1 + guesses))
-        misses = max(0.0, made - hits)
-        return passes * self.cost.of(lanes * rows_per_token(chances, entry, misses) / passes)
+        return passes, rows_per_token(chances, entry, max(0.0, made - hits))
+
+    def seconds_per_token(self, entry: int, guesses: int, lanes: int) -> float:
+        """Expected time per step in which each of `lanes` requests gets one token."""
+        passes, rows = self._expected(entry, guesses)
+        return passes * self.cost.of(lanes * rows / passes)
 
     def _times(self, lanes: int) -> dict[tuple[int, int], float]:
         """`seconds_per_token` of every choice of (entry, guesses)."""
@@ -330,7 +339,7 @@ class Pacer:
     def begin(self, now: float, batch: Batch) -> Pace:
         """A step begins: decide. now: seconds on a clock."""
         lanes = batch.lanes
-        contest = self._contest(lanes, batch.drawn)
+        contest = self._contest(batch)
         # Nobody goes on from the step before: that may have been long ago.
         last = self.last = self.lap if lanes > batch.fresh else None
         if last is not None:
@@ -340,17 +349,28 @@ class Pacer:
                 self._plain_lap(last)
         contested = self.contested and self.fixed is None and lanes > 0 and not batch.led
         self.plain = contested and contest.decide()
-        pace = self.quiet if self.plain else self.decide(lanes, batch.hurry)
+        pace = self.quiet if self.plain else self._apart(self.decide(lanes, batch.hurry), batch)
         counts = last is not None and last.plain == pace.plain
         self.lap = Lap(now, contest, pace.plain, counts, batch.prompts, batch.fresh)
         return pace
 
-    def _contest(self, lanes: int, drawn: bool) -> Contest:
+    def _apart(self, pace: Pace, batch: Batch) -> Pace:
+        """This pace, but with rows sitting out if they would make a first token of this step too late."""
+        others = batch.lanes - batch.fresh
+        if not (batch.prompts and others) or batch.led or self.fixed is not None:
+            return pace
+        passes, rows = self._expected(pace.entry, pace.guesses)
+        needed = batch.prompts + batch.lanes
+        crowd = needed + others * max(0.0, rows / passes - 1)
+        return replace(pace, apart=self.cost.of(crowd) > (1 + LATER) * self.cost.of(needed))
+
+    def _contest(self, batch: Batch) -> Contest:
         """Of batches of this kind. A new one begins plain where the next smaller batches or greedy ones have come to
         that, since drafting gains less the more requests there are and where tokens are sampled, or where the time of
         passes alone speaks against drafting."""
-        if not lanes:  # prompts alone: nothing to contest
-            return Contest(plain=False)
+        lanes, drawn = batch.lanes, batch.drawn
+        if not lanes or batch.alone:  # prompts, or requests that are not drafted for: nothing to contest
+            return Contest(plain=batch.alone)
         size = bucket(lanes)
         if (size, drawn) not in self.contests:
             smaller = [other for other, same in self.contests if same == drawn and other < size]

@@ -180,9 +180,12 @@ class Waves:
 
     def lose(self) -> None:
         """A pass failed: nothing under way can be relied on. vLLM schedules anew what is not committed; of what is,
-        each flight remembers where its last loops are missing."""
+        each flight remembers from where on last loops are missing."""
         for request, flight in list(self.flights.items()):
-            missing = flight.trail[0].position if flight.missing is None and flight.trail else flight.missing
+            missing = flight.missing
+            if missing is None and flight.gated:  # what left early may be committed and not in the trail yet
+                short = (row.position for row in flight.trail + flight.rows if row.depth < flight.loops)
+                missing = next(short, None)
             self.free += flight.clear()
             flight.missing = missing
             if missing is None:
@@ -207,15 +210,15 @@ class Waves:
         flight.held = kept
         return kept
 
-    def forward(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], follow: bool = True) -> int:
+    def forward(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], follow: bool = True, apart: bool = False) -> int:
         """Bring every held row to where it is decided, and the chunks through all their loops. Returns the passes.
 
-        Rows behind the held ones come along, and new ones enter, if `follow`. chunks: deepest first.
+        Rows behind the held ones come along, unless `apart`, and new ones enter, if `follow`. chunks: deepest first.
         """
         deepest, loop = max((chunk.loops for chunk in chunks), default=0), 0
         while loop < deepest or any(lane.flight.pending for lane in lanes):
             loop += 1
-            self._one(lanes, [chunk for chunk in chunks if chunk.loops >= loop], loop, follow)
+            self._one(lanes, [chunk for chunk in chunks if chunk.loops >= loop], loop, follow, apart)
         for lane in lanes:
             lane.flight.missing = None
         return loop
@@ -257,15 +260,17 @@ class Waves:
             self._run(rows, list(range(len(rows))), (), 0)
         return drafts
 
-    def _one(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], loop: int, follow: bool) -> bool:
+    def _one(
+        self, lanes: Sequence[Lane], chunks: Sequence[Chunk], loop: int, follow: bool, apart: bool = False
+    ) -> bool:
         """One pass of everything that has loops to run. Returns whether there was anything."""
         rows: list[tuple[Lane, Row]] = []
         read: list[int] = []
         busy, self.guessing = bool(chunks), 0
         taken = self.slots - len(self.free) + sum(chunk.tokens for chunk in chunks)
         # What nobody waits for enters while there is room, and sits out where not even all that is under way fits.
-        room = self.limit - self.reserve - taken
-        crowded = taken + sum(lane.flight.waiting is not None for lane in lanes) > self.limit
+        room = 0 if apart else self.limit - self.reserve - taken
+        crowded = apart or taken + sum(lane.flight.waiting is not None for lane in lanes) > self.limit
         for lane in lanes:
             flight, early = lane.flight, lane.speculates and follow  # whether early readouts are of use
             speculates = early and not lane.waits
@@ -278,7 +283,7 @@ class Waves:
                     flight.board(self.free.pop(), *boarding)
             # Not under the gate: rows that enter together could all be committed at loop 1, and trail without bound.
             if speculates and lane.lookup is not None and not flight.gated:
-                by_text = lane.guesses if entry == 0 else 0
+                by_text = lane.guesses if entry == 0 and room > 0 else 0
                 self.guessing = max(self.guessing, by_text)
                 room -= self._guess(flight, lane.lookup, by_text, room)
             rows += [(lane, row) for row in flight.trail]
@@ -297,7 +302,8 @@ class Waves:
             return False
         self._run(rows, read, chunks, loop)
         for lane in lanes:
-            self.free += lane.flight.sweep()
+            if lane.flight.trail:
+                self.free += lane.flight.sweep()
             left = lane.flight.review()
             if left:
                 self.counts.restarts += 1
