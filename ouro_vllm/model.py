@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -257,9 +257,12 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         return None if logits is None else logits[:rows]
 
     def exit_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Hidden states [N, D] after any loop -> logits [N] of lambda, the gate's chance of exiting at that loop."""
+        """Hidden states [N, D] after any loop -> logits [N] of lambda, the gate's chance of exiting at that loop.
+
+        Of all ranks the first one's: they decide which rows run on, and sums over ranks may differ in the last bit.
+        """
         logits, _ = self.model.early_exit_gate(hidden_states)
-        return logits.squeeze(-1)
+        return get_tp_group().broadcast(logits.squeeze(-1).contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fill every parameter from a published checkpoint.

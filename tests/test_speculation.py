@@ -878,11 +878,30 @@ def test_tensor_parallel(engine, bank, monkeypatch):
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         pytest.skip("two GPUs are needed for two workers")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `apply_model`
     with drafting(engine, ouro=ADAPTIVE, tensor_parallel_size=2) as llm:
         assert_banked(llm, bank[10:18], least=0)
         answers = streams(llm, [ids for ids, _ in bank[10:16]], 48)
+        gated = params(extra_args={"ouro_exit_threshold": 0.6})
+        same = tokens_of(ask(llm, [ids for ids, _ in bank[10:18]], gated))
+        llm.apply_model(part_from_the_first)
+        assert tokens_of(ask(llm, [ids for ids, _ in bank[10:18]], gated)) == same
+        assert 0 < read_early(llm) < 1
     assert [answer.token_ids for answer in answers] == [answer[:48] for _, answer in bank[10:16]]
     assert all(answer.depth == [4] * 48 for answer in answers) and any(answer.retracted for answer in answers)
+
+
+def part_from_the_first(model):
+    """Every rank but the first has a gate that lets nothing go: without the first one's word it would run on alone."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    if get_tensor_model_parallel_rank():
+        model.model.early_exit_gate.bias.data -= 100.0
+
+
+def read_early(llm):
+    """Share of all tokens so far that were read before the last loop."""
+    return 1 - scheduler_of(llm).read[-1] / sum(scheduler_of(llm).read)
 
 
 def first_differences(wanted, got):
