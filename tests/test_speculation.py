@@ -9,7 +9,7 @@ import math
 import random
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -484,6 +484,33 @@ def test_a_burst_ends_where_those_who_wait_can_have_a_quarter_of_the_places(swif
     assert {goes_on for free, begun, goes_on in seen if free >= 4 and begun} == {False}
     assert {goes_on for free, begun, goes_on in seen if free >= 4 and not begun} == {True}
     assert any(goes_on for free, begun, goes_on in seen if free < 4 and begun)
+    assert_idle(swift)
+
+
+def test_what_the_pace_is_told_and_says(swift, heldout, monkeypatch):
+    """Whether anybody is drafted for, and whether rows sit out: it reaches the pace, and the passes."""
+    pacer, waves, told, apart = scheduler_of(swift).pacer, runner_of(swift)._waves, [], []
+    begin, forward = pacer.begin, waves.forward
+
+    def begun(now, batch):
+        told.append(batch.alone)
+        return replace(begin(now, batch), apart=len(told) % 2 == 0)
+
+    def passed(lanes, chunks, follow, sits_out):
+        apart.append(sits_out)
+        return forward(lanes, chunks, follow, sits_out)
+
+    monkeypatch.setattr(pacer, "begin", begun)
+    asked, off = prompts(heldout, [20, 30, 40], seed=60), {"ouro_speculate": 0}
+    ask(swift, asked, params(max_tokens=8, extra_args=off))
+    assert all(told)
+    told.clear()
+    monkeypatch.setattr(waves, "forward", passed)
+    mixed = [params(max_tokens=24, extra_args=off if number else None) for number in range(3)]
+    answers = tokens_of(ask(swift, asked, mixed))
+    assert told and not any(told[:3]) and set(apart) == {True, False}
+    monkeypatch.undo()
+    assert tokens_of(ask(swift, asked, mixed)) == answers
     assert_idle(swift)
 
 
