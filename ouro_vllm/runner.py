@@ -48,7 +48,7 @@ from ouro_vllm.sharing import AVERAGE, Sharing
 from ouro_vllm.sizes import compiled, rounded
 from ouro_vllm.wavefront.flight import Flight, Row
 from ouro_vllm.wavefront.lookup import Lookup
-from ouro_vllm.wavefront.pacing import MOST_TIMED, Pace, StepReport
+from ouro_vllm.wavefront.pacing import MOST_TIMED, Pace, StepReport, bucket
 from ouro_vllm.wavefront.tensors import Passes, Step
 from ouro_vllm.wavefront.waves import Chunk, Lane, Waves, slots_needed
 
@@ -134,18 +134,20 @@ class LoopPasses(PlainDepths):
 
     @torch.inference_mode()
     def time_passes(self) -> None:
-        """Before the first request: what passes of 1, 2, 4, ... rows cost, for the pace to start with.
+        """Before the first request: what passes of so many rows cost, for the pace to start with.
 
         And one pass of every size that is compiled by itself, so that no trial of the pace has to pay for it.
-        The rows are of no request; they stand in vLLM's null block. Every rank runs the same passes.
+        The rows are of no request; they stand in vLLM's null block. Every rank runs the same passes. Passes of more
+        rows than there are slots stand for those with prompts in them.
         """
         assert self._waves is not None
-        timed = [1 << power for power in range(MOST_TIMED.bit_length())]
         machine: Passes = self._waves.machine
-        for size in sorted({*timed, *compiled(MOST_COMPILED, self.device.type)}):
-            if size > min(machine.pool.shape[0], self._waves.limit):
+        slots = machine.pool.shape[0]
+        timed = {bucket(rows) for rows in range(1, MOST_TIMED + 1)}
+        for size in sorted({*timed, *compiled(min(MOST_COMPILED, slots), self.device.type)}):
+            if size > self._waves.limit:
                 break
-            rows = [(0, Row(0, 0, slot)) for slot in range(size)]
+            rows = [(0, Row(0, 0, number % slots)) for number in range(size)]
             for number in range(TIMED if size in timed else 1):
                 tables = torch.zeros(len(self._pool.groups), 1, 1, dtype=torch.int32, device=self.device)
                 machine.step = Step(tables, prompts=[1])
@@ -709,8 +711,10 @@ class LoopPasses(PlainDepths):
                 self._waves.draft(lanes, most)
                 drafts = {lane.index: lane.flight.unsettled(most) for lane in lanes}
             else:
-                if not self._waves.burst(lanes, passes) and not begins:
-                    return None
+                if not self._waves.burst(lanes, passes, self._pace.awaited):
+                    self._ahead = None
+                    if not begins:
+                        return None
                 drafts = {lane.index: lane.flight.settled(self._burst) for lane in lanes}
         except Exception:
             self._survive("while drafting; this step goes without drafts")

@@ -54,8 +54,6 @@ class OuroScheduler(DepthFigures, Scheduler):
         )
         self.pieces = 0  # of the burst behind the latest step, that may still run
         self.drafted = False  # whether the latest of them had anything to do, or none has run
-        self.begun = False  # whether one has run
-        self.full: int | None = None  # requests that ran in the latest step, if others waited for a place
         self.steps = 0
         self.past = StepReport(Counts(), 0)  # of all steps up to the latest line in the log
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
@@ -99,32 +97,22 @@ class OuroScheduler(DepthFigures, Scheduler):
             pace = self.pacer.begin(began, self._batch(output))
             if pace.plain and output.scheduled_spec_decode_tokens:  # they are verified before steps are plain
                 pace = replace(pace, plain=False)
+            if self.waiting and not pace.plain:
+                pace = replace(pace, awaited=True)
             setattr(output, PLUGIN, pace)
             self.pieces = 0 if pace.plain else pace.pieces if self.ouro.speculation == "wavefront" else 1
-            self.drafted, self.begun = True, False
-            self.full = len(self.running) if self.waiting else None
+            self.drafted = True
         return output
 
     def update_draft_token_ids(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, which calls it behind each piece of a burst that had anything to do."""
         super().update_draft_token_ids(*args, **kwargs)
-        self.pieces, self.drafted, self.begun = self.pieces - 1, True, True
+        self.pieces, self.drafted = self.pieces - 1, True
 
     def next_piece(self) -> bool:
-        """Whether the runner is to be asked for drafts, once more. See `patches.look_out_in_bursts`.
-
-        Not, but for the first piece, where requests that wait can have a quarter of the places.
-        """
+        """Whether the runner is to be asked for drafts, once more. See `patches.look_out_in_bursts`."""
         drafted, self.drafted = self.drafted, False
-        return drafted and self.pieces > 0 and not (self.begun and self._places_free())
-
-    def _places_free(self) -> bool:
-        """Whether so many have ended in this step that those who wait can have a quarter of the places.
-
-        For fewer, in large batches somebody nearly always, another step would cost more than they lose, as in
-        `Waves.burst`.
-        """
-        return self.full is not None and 4 * (self.full - len(self.running)) >= self.full
+        return drafted and self.pieces > 0
 
     def _batch(self, output: Any) -> Batch:
         """What the pace is to know of a step."""

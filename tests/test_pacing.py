@@ -25,13 +25,14 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def taught(cost, settled=(700, 200, 70, 30), guesses=(0, 0, 0), hits=(0, 0, 0), fixed=None) -> Pacer:
-    """A pacer for 4 loops that has seen passes cost `cost(rows)` and rows settle so often by each loop.
+    """A pacer for 4 loops that has seen passes cost `cost(rows)`, with 3 rows per request in them, and rows settle so
+    often by each loop.
 
     guesses, hits: in a thousand tokens, by place.
     """
     pacer = Pacer(4, 8, fixed)
     shapes = [(rows, cost(rows)) for rows in SIZES for _ in range(3)]
-    looked = dict(guesses=list(guesses), hits=list(hits), looked=[1000] * GUESSES)
+    looked = dict(guesses=list(guesses), hits=list(hits), looked=[1000] * GUESSES, rows=3000, lane_passes=1000)
     pacer.learn(StepReport(Counts(settled=list(settled), finished=1000, shapes=shapes, **looked), 0))
     return pacer
 
@@ -351,7 +352,7 @@ def test_steps_of_requests_that_are_not_drafted_for_are_plain():
 def test_rows_sit_out_where_first_tokens_would_wait_for_them():
     """Not where passes cost about the same with them, nobody waits, nobody else decodes, or all is fixed."""
     waiting = Batch(4, prompts=6, fresh=1)
-    for free, late in ((10, True), (100, False)):
+    for free, late in ((100, True), (200, False)):
         pacer = taught(lambda rows, free=free: free + rows)
         pace = pacer.begin(0.0, waiting)
         assert pace.entry < 2 and pace.apart == late
@@ -363,6 +364,7 @@ def test_rows_sit_out_where_first_tokens_would_wait_for_them():
         ):
             assert not pacer.begin(0.0, batch).apart
     assert not taught(lambda rows: 10 + rows, fixed=1).begin(0.0, waiting).apart
+    assert not Pacer(4, 8).begin(0.0, waiting).apart  # nothing has run ahead yet
 
 
 def test_trials_go_on_where_somebody_always_waits():

@@ -20,6 +20,7 @@ from test_anytime import streams
 from test_exactness import assert_greedy, greedy, prompts
 
 from ouro_vllm import runner, scheduler
+from ouro_vllm.names import PLUGIN
 from ouro_vllm.wavefront import pacing
 from ouro_vllm.widen import Sizes, widen
 
@@ -450,7 +451,9 @@ def test_a_burst_ends_when_somebody_comes(plain, swift, bank, monkeypatch, chanc
     monkeypatch.setattr(pacing, "PIECE", 0.0)  # pieces of one pass
     monkeypatch.setattr(core, "input_queue", Door(chance), raising=False)
     monkeypatch.setattr(core, "step_fn", lambda: bursts.append([]) or step())
-    monkeypatch.setattr(waves, "burst", lambda lanes, passes: bursts[-1].append(passes) or run(lanes, passes))
+    monkeypatch.setattr(
+        waves, "burst", lambda lanes, passes, *rest: bursts[-1].append(passes) or run(lanes, passes, *rest)
+    )
     pairs = bank[140:148]
     wishes = [params(max_tokens=40, seed=number, **SAMPLED[number % 3]) for number in range(8)]
     assert tokens_of(ask(swift, [ids for ids, _ in pairs], wishes)) == tokens_of(
@@ -463,27 +466,47 @@ def test_a_burst_ends_when_somebody_comes(plain, swift, bank, monkeypatch, chanc
     assert_idle(swift)
 
 
-def test_a_burst_ends_where_those_who_wait_can_have_a_quarter_of_the_places(swift, bank, monkeypatch):
-    """Four of sixteen end in one step, and four wait. Of fewer places nobody takes note."""
-    scheduler, seen = scheduler_of(swift), []
-    asks = scheduler.next_piece
+def test_no_burst_where_somebody_can_have_a_place(swift, bank, monkeypatch):
+    """Answers end one by one while others wait: behind such a step what is settled is asked for, and no pass runs."""
+    scheduler, waves, core = scheduler_of(swift), runner_of(swift)._waves, swift.llm_engine.engine_core.engine_core
+    burst, step, update, steps = waves.burst, core.step_fn, scheduler.update_from_output, []
+    asked = scheduler.update_draft_token_ids
 
-    def asked():
-        free = 0 if scheduler.full is None else scheduler.full - len(scheduler.running)
-        begun = scheduler.begun
-        seen.append((free, begun, asks()))
-        return seen[-1][2]
+    def began():
+        steps.append({"ended": 0, "waits": False, "passes": 0, "asked": 0})
+        return step()
 
-    monkeypatch.setattr(pacing, "PIECE", 0.0)  # pieces of one pass
-    monkeypatch.setattr(scheduler, "next_piece", asked)
-    pairs = [bank[100]] * 4 + bank[100:116]
-    lengths = [12] * 4 + [40] * 16
-    wishes = [params(max_tokens=length) for length in lengths]
-    answers = tokens_of(ask(swift, [ids for ids, _ in pairs], wishes))
+    def updated(output, *args):
+        drafts, running = not getattr(output, PLUGIN).plain, len(scheduler.running)
+        steps[-1]["waits"] = drafts and bool(scheduler.waiting)
+        outputs = update(output, *args)
+        steps[-1]["ended"] = running - len(scheduler.running)
+        return outputs
+
+    def ran(*args):
+        passes = burst(*args)
+        steps[-1]["passes"] += passes
+        return passes
+
+    def noted(*args):
+        steps[-1]["asked"] += 1
+        return asked(*args)
+
+    for owner, name, watched in (
+        (core, "step_fn", began),
+        (scheduler, "update_from_output", updated),
+        (waves, "burst", ran),
+        (scheduler, "update_draft_token_ids", noted),
+    ):
+        monkeypatch.setattr(owner, name, watched)
+    pairs = bank[100:140]
+    lengths = [9 + 3 * (7 * number % 16) for number in range(len(pairs))]
+    answers = tokens_of(ask(swift, [ids for ids, _ in pairs], [params(max_tokens=length) for length in lengths]))
     assert answers == [[answer[:length]] for (_, answer), length in zip(pairs, lengths, strict=True)]
-    assert {goes_on for free, begun, goes_on in seen if free >= 4 and begun} == {False}
-    assert {goes_on for free, begun, goes_on in seen if free >= 4 and not begun} == {True}
-    assert any(goes_on for free, begun, goes_on in seen if free < 4 and begun)
+    freed = [one for one in steps if one["ended"] and one["waits"]]
+    assert len(freed) > 8 and {(one["passes"], one["asked"]) for one in freed} == {(0, 1)}
+    assert any(one["passes"] for one in steps if one["waits"] and not one["ended"])
+    assert any(one["passes"] for one in steps if one["ended"] and not one["waits"])
     assert_idle(swift)
 
 

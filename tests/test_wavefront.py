@@ -358,6 +358,7 @@ class Engine:
         """tight: passes have room for what each step needs, and no more."""
         self.text, self.passes, self.textbook, self.requests, self.tight = text, passes, textbook, requests, tight
         self.apart = False  # whether rows that nobody waits for sit out in the next forward
+        self.awaited = False  # whether somebody waits for a place when the next burst begins
         self.deaf = False  # whether what the next step samples fails to be noted
         self.memory, self.sums = Memory(text.loops), Counts()
         self.machine = Machine(text, self.memory)
@@ -505,7 +506,7 @@ class Engine:
             assert self.waves.draft(lanes, self.passes) <= self.passes
             return {lane.index: lane.flight.unsettled(self.passes) for lane in lanes}
         pieces = passes // 2, passes - passes // 2
-        assert all(self.waves.burst(lanes, piece) <= piece for piece in pieces)
+        assert all(self.waves.burst(lanes, piece, self.awaited) <= piece for piece in pieces)
         return {lane.index: lane.flight.settled(self.passes) for lane in lanes}
 
     def check_counts(self) -> None:
@@ -570,7 +571,8 @@ class Storm:
                     lost.append(name)
             if self.chance(0.2):
                 self.entry = self.dice.randint(0, self.loops) * self.dice.randint(0, 1)
-            self.engine.apart, self.engine.deaf = self.chance(0.2), not self.calm and self.chance(0.05)
+            self.engine.apart, self.engine.awaited = self.chance(0.2), self.chance(0.3)
+            self.engine.deaf = not self.calm and self.chance(0.05)
             if not self.calm and self.chance(0.04):
                 self.engine.machine.fuse = self.dice.randint(0, self.loops + self.passes)
             self.engine.step(works, self.entry, self.dice.randint(0, self.passes), lost)
@@ -978,6 +980,18 @@ def test_a_burst_ends_once_a_quarter_of_the_answers_are_there(depth, end, stops,
         other.end = 100
         waves.restart(other, 20, 3)
     assert waves.burst([Lane(index, one) for index, one in enumerate([flight, *rest])], 5) == passes
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_no_burst_before_somebody_has_the_place_of_who_ended(awaited):
+    waves = Waves(4, 4, 3, Constant())
+    lanes = [Lane(index, waves.flight(name)) for index, name in enumerate("abc")]
+    for lane in lanes:
+        lane.flight.end = 100
+        waves.restart(lane.flight, 20, 3)
+    assert waves.burst(lanes, 2, awaited) == 2  # nobody has ended
+    waves.free += lanes[1].flight.ground()
+    assert waves.burst(lanes, 2, awaited) == (0 if awaited else 2)
 
 
 def test_held_rows_are_not_dropped_until_a_burst():

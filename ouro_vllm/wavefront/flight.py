@@ -103,6 +103,11 @@ class Flight:
         newest = self.rows[-1]
         return newest.position + 1 >= self.end or (bool(newest.heard) and newest.heard[-1] in self.stops)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is under way or waits, as behind the end of an answer."""
+        return self.waiting is None and not self.rows
+
     def restart(self, position: int, token: int) -> list[int]:
         """The request's newest token stands at `position`: keep the rows from there on if they agree with it.
 

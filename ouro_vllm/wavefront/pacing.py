@@ -42,7 +42,7 @@ MARGIN = 0.05  # drafting must gain this much, since first tokens wait for burst
 SHARE = 0.005, 0.00125
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
 PIECE = 0.01  # seconds of a burst, about, between looks at whether somebody came
-LATER = 0.25  # share of the time to a first token that rows running ahead of others may add
+LATER = 0.05  # share of the time to a first token that rows running ahead of others may add
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Pace:
 
     entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead, neither in it nor
     behind it. piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
-    apart: in the step itself, where somebody waits for a first token, rows that nobody waits for sit out.
+    apart: in the step itself, where somebody waits for a first token, rows that nobody waits for sit out. awaited:
+    somebody waits for a place in the batch: no burst behind a step in which one got free.
     """
 
     entry: int
@@ -60,6 +61,7 @@ class Pace:
     plain: bool = False
     piece: int = 1
     apart: bool = False
+    awaited: bool = False
 
     @property
     def pieces(self) -> int:
@@ -289,6 +291,7 @@ class Pacer:
         self.lap: Lap | None = None
         self.last: Lap | None = None
         self.prompts: deque[tuple[float, int]] = deque(maxlen=LATEST)  # of plain steps: seconds for, and tokens of them
+        self.abreast: deque[float] = deque(maxlen=LATEST)  # of drafting steps: rows per request in a pass
 
     def learn(self, report: StepReport) -> None:
         """Take in what one step measured."""
@@ -297,6 +300,8 @@ class Pacer:
             self.cost.learn(rows, seconds)
         if not counts.drafted:
             return
+        if counts.lane_passes:
+            self.abreast.append(counts.rows / counts.lane_passes)
         for loop, count in enumerate(counts.settled):
             self.settled[loop] += count
         for place, looked in enumerate(counts.looked):
@@ -357,11 +362,10 @@ class Pacer:
     def _apart(self, pace: Pace, batch: Batch) -> Pace:
         """This pace, but with rows sitting out if they would make a first token of this step too late."""
         others = batch.lanes - batch.fresh
-        if not (batch.prompts and others) or batch.led or self.fixed is not None:
+        if not (batch.prompts and others and self.abreast) or batch.led or self.fixed is not None:
             return pace
-        passes, rows = self._expected(pace.entry, pace.guesses)
         needed = batch.prompts + batch.lanes
-        crowd = needed + others * max(0.0, rows / passes - 1)
+        crowd = needed + others * (median(self.abreast) - 1)
         return replace(pace, apart=self.cost.of(crowd) > (1 + LATER) * self.cost.of(needed))
 
     def _contest(self, batch: Batch) -> Contest:

@@ -223,12 +223,15 @@ class Waves:
             lane.flight.missing = None
         return loop
 
-    def burst(self, lanes: Sequence[Lane], passes: int) -> int:
+    def burst(self, lanes: Sequence[Lane], passes: int, awaited: bool = False) -> int:
         """Up to `passes` passes with no one waiting. Returns how many had anything to do.
 
+        awaited: none where a lane's request has ended, since somebody else waits for its place.
         They end early once the answers of a quarter of the lanes are there: those should not wait, nor their places
         stand idle. For fewer, in large batches somebody nearly always, another step would cost more than they lose.
         """
+        if awaited and any(lane.flight.over for lane in lanes):
+            return 0
         for lane in lanes:
             lane.flight.held, lane.waits = 0, False
         for number in range(passes):
