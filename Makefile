@@ -17,7 +17,7 @@ QUESTION := {"model": "$(NAME)", "prompt": "def read_config(filename, encoding=N
 
 # Tests run in two halves side by side, where every engine of the CPU build takes one core: the bundled model is too small
 # for more to help. A GPU is used by one half at a time.
-HALF := $(addprefix tests/test_,speculation.py sharing.py sampling.py)
+HALF := $(addprefix tests/test_,speculation.py sharing.py shapes.py)
 JOBS := $(if $(filter cpu,$(DEVICE)),2,1)
 ALONE := $(if $(filter cpu,$(DEVICE)),OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind)
 
@@ -53,7 +53,7 @@ test: $(STAMP) ## run ruff and the whole test suite
 	@$(BIN)/ruff check .
 	@$(MAKE) --no-print-directory --output-sync=line -j$(JOBS) test-drafts test-rest
 
-# What compares whole answers or distributions takes as long as everything else.
+# What compares whole answers under drafting or sharing takes as long as nearly everything else.
 test-drafts:
 	@$(ALONE) $(BIN)/pytest $(HALF) $(ARGS)
 

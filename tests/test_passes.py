@@ -227,18 +227,25 @@ def test_attention_of_rows_together_is_that_of_each_alone(seed):
         torch.testing.assert_close(output[number], torch.einsum("hn,nhd->hd", chances, value[of]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("slots", "limit"), [(40, 90), (90, 40)])
-def test_every_size_is_compiled_before_the_first_request(slots, limit):
-    """As far as there are slots for its rows and passes have room for them; powers of two are timed as well."""
+@pytest.mark.parametrize(("slots", "limit", "larger"), [(40, 90, [48, 64]), (90, 40, [])])
+def test_every_size_is_compiled_before_the_first_request(slots, limit, larger):
+    """As far as there are slots for its rows and passes have room for them. What the pace tells apart is timed as well,
+    be there slots or not: passes with prompts in them are larger."""
     ran, counts = [], Counts()
-    machine = SimpleNamespace(pool=torch.zeros(slots, 1), run=lambda rows, *_: ran.append(len(rows)))
+
+    def run(rows, *_):
+        ran.append(len(rows))
+        assert all(row.slot < slots for _, row in rows)
+
+    machine = SimpleNamespace(pool=torch.zeros(slots, 1), run=run)
     machine.kept = lambda rows: torch.zeros(len(rows), 1)
     waves = SimpleNamespace(machine=machine, counts=counts, limit=limit)
     own = SimpleNamespace(_waves=waves, device=torch.device("cpu"))
     own._pool, own.model = SimpleNamespace(groups=[0]), SimpleNamespace(compute_logits=lambda hidden: hidden)
     LoopPasses.time_passes(own)
-    assert list(dict.fromkeys(ran)) == [*range(1, 33), 34, 36, 38, 40]
-    assert [rows for rows, _ in counts.shapes] == [size for size in (1, 2, 4, 8, 16, 32) for _ in range(3)]
+    assert list(dict.fromkeys(ran)) == [*range(1, 33), 34, 36, 38, 40, *larger]
+    timed = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, *larger]
+    assert [rows for rows, _ in counts.shapes] == [size for size in timed for _ in range(3)]
 
 
 def test_rows_beyond_those_asked_for_write_nowhere(monkeypatch):

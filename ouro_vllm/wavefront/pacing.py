@@ -37,7 +37,7 @@ TRIALS = 8  # the latest, that say which of the two is faster
 FEWEST = 2  # trials before anything else is taken up
 NEXT = 4  # steps between trials until there were so many
 CLEAR = 1.25  # what gives tokens so many times slower needs no more steps of its trial
-MARGIN = 0.05  # drafting must gain this much, since first tokens wait for bursts; plain steps are the promise
+MARGIN = 0.05  # drafting must gain this much: plain steps are the promise
 # Of the time may be lost to trials. The second is the least: each trial that speaks for what is in use halves it.
 SHARE = 0.005, 0.00125
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
