@@ -966,11 +966,20 @@ class Constant:
 
 
 @pytest.mark.parametrize(
-    ("depth", "end", "stops", "others", "passes"),
-    [(4, 6, [], 1, 0), (4, 9, [7], 3, 0), (4, 9, [7], 4, 5), (3, 6, [], 1, 1), (4, 9, [], 1, 5)],
+    ("depth", "end", "stops", "others", "awaited", "passes"),
+    [
+        (4, 6, [], 1, False, 0),
+        (4, 9, [7], 3, False, 0),
+        (4, 9, [7], 4, False, 5),
+        (4, 9, [7], 4, True, 0),
+        (3, 6, [], 1, False, 1),
+        (3, 6, [], 4, True, 1),
+        (4, 9, [], 1, False, 5),
+        (4, 9, [], 1, True, 5),
+    ],
 )
-def test_a_burst_ends_once_a_quarter_of_the_answers_are_there(depth, end, stops, others, passes):
-    """Of one request, whose row has heard 7, beside others that have only begun."""
+def test_a_burst_ends_once_a_quarter_of_the_answers_are_there(depth, end, stops, others, awaited, passes):
+    """Of one request, whose row has heard 7, beside others that have only begun. A single one if a place is awaited."""
     waves = Waves(4, 4, 5, Constant())
     flight, *rest = (waves.flight(name) for name in "abcde"[: 1 + others])
     flight.board(waves.free.pop(), 5, 1).depth = depth
@@ -979,7 +988,7 @@ def test_a_burst_ends_once_a_quarter_of_the_answers_are_there(depth, end, stops,
     for other in rest:
         other.end = 100
         waves.restart(other, 20, 3)
-    assert waves.burst([Lane(index, one) for index, one in enumerate([flight, *rest])], 5) == passes
+    assert waves.burst([Lane(index, one) for index, one in enumerate([flight, *rest])], 5, awaited) == passes
 
 
 @pytest.mark.parametrize("awaited", [False, True])

@@ -52,7 +52,7 @@ class Pace:
     entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead, neither in it nor
     behind it. piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
     apart: in the step itself, where somebody waits for a first token, rows that nobody waits for sit out. awaited:
-    somebody waits for a place in the batch: no burst behind a step in which one got free.
+    somebody waits for a place in the batch, see `Waves.burst`.
     """
 
     entry: int

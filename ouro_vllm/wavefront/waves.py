@@ -226,17 +226,19 @@ class Waves:
     def burst(self, lanes: Sequence[Lane], passes: int, awaited: bool = False) -> int:
         """Up to `passes` passes with no one waiting. Returns how many had anything to do.
 
-        awaited: none where a lane's request has ended, since somebody else waits for its place.
-        They end early once the answers of a quarter of the lanes are there: those should not wait, nor their places
-        stand idle. For fewer, in large batches somebody nearly always, another step would cost more than they lose.
+        They end early once the answers of a quarter of the lanes are there: those should not wait. For fewer, in large
+        batches somebody nearly always, another step would cost more than they lose.
+        awaited: somebody waits for a place. They end once a single answer is there, so that prompts do not come in
+        crowds, and there is none where a lane's request has ended.
         """
         if awaited and any(lane.flight.over for lane in lanes):
             return 0
+        enough = 1 if awaited else len(lanes) / 4
         for lane in lanes:
             lane.flight.held, lane.waits = 0, False
         for number in range(passes):
             done = sum(lane.flight.done for lane in lanes)
-            if 4 * done >= len(lanes) or not self._one(lanes, (), 0, follow=True):
+            if done >= enough or not self._one(lanes, (), 0, follow=True):
                 return number
         return passes
 
