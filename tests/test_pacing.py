@@ -365,6 +365,10 @@ def test_rows_sit_out_where_first_tokens_would_wait_for_them():
             assert not pacer.begin(0.0, batch).apart
     assert not taught(lambda rows: 10 + rows, fixed=1).begin(0.0, waiting).apart
     assert not Pacer(4, 8).begin(0.0, waiting).apart  # nothing has run ahead yet
+    alone = taught(lambda rows: 100 + rows)
+    for _ in range(LATEST):  # drafting steps in which requests had one row each in a pass
+        alone.learn(StepReport(Counts(finished=1, rows=10, lane_passes=10), 0))
+    assert not alone.begin(0.0, waiting).apart
 
 
 def test_trials_go_on_where_somebody_always_waits():

@@ -321,19 +321,15 @@ class Pacer:
         total = sum(self.settled)
         return [count / total for count in self.settled]
 
-    def _expected(self, entry: int, guesses: int) -> tuple[float, float]:
-        """Passes, and rows, per token of a request."""
+    def seconds_per_token(self, entry: int, guesses: int, lanes: int) -> float:
+        """Expected time per step in which each of `lanes` requests gets one token."""
         chances = self.chances()
         hits, made = (
             sum(count / looked for count, looked in zip(counts[:guesses], self.looked, strict=False))
             for counts in (self.hits, self.guesses)
         )
         passes = max(passes_per_token(chances, entry, hits), 1 / (1 + guesses))
-        return passes, rows_per_token(chances, entry, max(0.0, made - hits))
-
-    def seconds_per_token(self, entry: int, guesses: int, lanes: int) -> float:
-        """Expected time per step in which each of `lanes` requests gets one token."""
-        passes, rows = self._expected(entry, guesses)
+        rows = rows_per_token(chances, entry, max(0.0, made - hits))
         return passes * self.cost.of(lanes * rows / passes)
 
     def _times(self, lanes: int) -> dict[tuple[int, int], float]:
