@@ -28,7 +28,7 @@ setup(
         "bench": ["matplotlib"],
         # Triton has no builds for other systems; on Linux its interpreter runs the kernels' tests without a GPU.
         "test": [
-            *("hypothesis", "httpx", "openai", "pytest", "requests", "ruff", "websockets"),
+            *("hypothesis", "httpx", "openai", "psutil", "pytest", "requests", "ruff", "websockets"),
             'triton; sys_platform == "linux"',
         ],
     },

@@ -303,7 +303,8 @@ def speculates(params: Any) -> bool:
     """Whether a request with these sampling parameters (vLLM's SamplingParams) is drafted for.
 
     Not if it says so, and not where early readouts cannot know what vLLM's sampler will do to the last one: grammars
-    and whatever depends on the tokens before. Asked in every step, so options are not checked again.
+    and whatever depends on the tokens before; nor where drafts cannot be judged beside it (`judged_apart`). Asked in
+    every step, so options are not checked again.
     """
     return bool((params.extra_args or {}).get("ouro_speculate", 1)) and not (
         params.structured_outputs is not None
@@ -313,7 +314,17 @@ def speculates(params: Any) -> bool:
         or params.frequency_penalty
         or params.repetition_penalty != 1.0
         or params.thinking_token_budget is not None
+        or judged_apart(params)
     )
+
+
+def judged_apart(params: Any) -> bool:
+    """Whether no step with such a request in it may verify drafts, its own or another's.
+
+    `logprob_token_ids`: vLLM's rejection sampler (v1/sample/rejection_sampler.py, 0.32, 0.33) leaves these logprobs out
+    or, where another request wants logprobs too, fails and ends the engine.
+    """
+    return bool(params.logprob_token_ids)
 
 
 def leads(params: Any, depth: Depth) -> bool:

@@ -4,6 +4,7 @@ Self-speculation: slots for rows that run ahead, and one place where the pace is
 loops have to know of requests.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic, perf_counter
 from typing import Any
@@ -15,10 +16,10 @@ from ouro_vllm.anytime.frames import FRAMES
 from ouro_vllm.kv import LoopManager, decoding_capacity
 from ouro_vllm.metrics import carried, summary
 from ouro_vllm.names import PLUGIN
-from ouro_vllm.options import OuroOptions, leads, speculates
+from ouro_vllm.options import OuroOptions, judged_apart, leads, speculates
 from ouro_vllm.patches import look_out_in_bursts
 from ouro_vllm.tally import DepthFigures
-from ouro_vllm.wavefront.pacing import Batch, Pacer, StepReport
+from ouro_vllm.wavefront.pacing import Batch, Pace, Pacer, StepReport
 from ouro_vllm.wavefront.waves import Counts
 
 logger = init_logger(f"vllm.{PLUGIN}.scheduler")
@@ -45,8 +46,7 @@ class OuroScheduler(DepthFigures, Scheduler):
             # vLLM pads a request that needs one token to 1 + k rows of token -1, for CUDA graphs of uniform steps.
             # There are none here, and the padding would be drafts without rows. A schedule of drafts per batch size
             # turns it off.
-            if self.dynamic_sd_lookup is None:
-                self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         if options.shares:
             self._share(options)
         self.pacer = Pacer(
@@ -59,6 +59,7 @@ class OuroScheduler(DepthFigures, Scheduler):
         self.unlogged, self.logged = StepReport(Counts(), 0), monotonic()
         self.latest: StepReport | None = None
         self.steady: tuple[Any, Batch] | None = None  # see `_batch`
+        self.undrafted: set[str] = set()  # requests beside which no drafts may be verified
 
     def _share(self, options: OuroOptions) -> None:
         """Tell the managers of the loops what they need, and the log what sharing is worth."""
@@ -87,14 +88,19 @@ class OuroScheduler(DepthFigures, Scheduler):
         """
         if self.ouro.shares:
             request._block_hasher = None  # the prompt's hashes are there already
+        if self.num_spec_tokens and judged_apart(request.sampling_params):
+            self.undrafted.add(request.request_id)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with the pace attached."""
         began = self.clock()
+        undrafted = bool(self.undrafted) and self._part_from_drafts()
         output = super().schedule(*args, **kwargs)
         if self.num_spec_tokens:
-            pace = self.pacer.begin(began, self._batch(output))
+            batch = self._batch(output)
+            batch = batch._replace(alone=True) if undrafted else batch
+            pace = self._paced(self.pacer.begin, began, batch) or Pace(self.pacer.loops, 0)
             if pace.plain and output.scheduled_spec_decode_tokens:  # they are verified before steps are plain
                 pace = replace(pace, plain=False)
             if self.waiting and not pace.plain:
@@ -113,6 +119,27 @@ class OuroScheduler(DepthFigures, Scheduler):
         """Whether the runner is to be asked for drafts, once more. See `patches.look_out_in_bursts`."""
         drafted, self.drafted = self.drafted, False
         return drafted and self.pieces > 0
+
+    def _part_from_drafts(self) -> bool:
+        """Drop the drafts of all if this step may have a request of `undrafted` in it, and say whether.
+
+        Their rows stay under way and are drafts again in a later step.
+        """
+        self.undrafted &= self.requests.keys()
+        here = any(request.request_id in self.undrafted for request in self.running)
+        coming = bool(self.undrafted) and len(self.running) < self.max_num_running_reqs
+        if here or coming:
+            for request in self.running:
+                request.spec_token_ids = []
+        return here or coming
+
+    def _paced(self, call: Callable[..., Any], *args: Any) -> Any:
+        """What the pacer answers; None where it fails, which is to cost speed alone."""
+        try:
+            return call(*args)
+        except Exception:
+            logger.exception("Self-speculation failed to choose a pace.")
+            return None
 
     def _batch(self, output: Any) -> Batch:
         """What the pace is to know of a step."""
@@ -146,14 +173,14 @@ class OuroScheduler(DepthFigures, Scheduler):
         """As vLLM does, after learning from what the runner measured; frames go along with their requests' tokens."""
         report = getattr(model_runner_output, PLUGIN, None)
         if report is not None:
-            self.pacer.learn(report)
+            self._paced(self.pacer.learn, report)
             self.steps += 1
             self.unlogged.add(report)
             self.latest = report
             self._log()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if report is not None:
-            self.pacer.end(report.committed, report.plain, busy=bool(self.running))
+            self._paced(self.pacer.end, report.committed, report.plain, bool(self.running))
         frames = getattr(model_runner_output, FRAMES, None)
         if frames:
             for of_client in outputs.values():

@@ -33,6 +33,11 @@ def check(vllm_config: "VllmConfig", known_platform: bool) -> None:
             f"--speculative-config: num_speculative_tokens is the number of passes per engine step, from 1 to "
             f"{MOST_PASSES}; got {passes}."
         )
+    if speculative.num_speculative_tokens_per_batch_size is not None:
+        raise ValueError(
+            "--speculative-config: num_speculative_tokens_per_batch_size is not for Ouro, where how eagerly to draft "
+            "follows from what passes cost. Leave it out; num_speculative_tokens alone is the passes per engine step."
+        )
     check_passes(vllm_config, known_platform, "self-speculation", "--speculative-config")
 
 

@@ -67,6 +67,10 @@ def test_any_depth_from_two_loops_on(configured, loops):
         ({"num_speculative_tokens": MOST_PASSES + 1}, "num_speculative_tokens.*from 1 to 128; got 129"),
         ({"num_speculative_tokens": 2.5}, "num_speculative_tokens.*integer"),
         ({"method": "ngram", "model": None, "prompt_lookup_max": 3}, f"method 'ngram'.*must be.*{SPECULATOR}"),
+        (
+            {"num_speculative_tokens_per_batch_size": [(1, 16, 8)]},
+            "num_speculative_tokens_per_batch_size is not for Ouro.*Leave it out",
+        ),
         ({"model": "some.other.Proposer"}, f"model 'some.other.Proposer'.*must be.*{SPECULATOR}"),
     ],
 )
@@ -123,6 +127,23 @@ def test_pipeline_parallel(configured):
     """vLLM looks at the drafter's model, which is this one, before it asks us, and says so in its own words."""
     with pytest.raises(NotImplementedError, match="Pipeline parallelism is not supported for this model"):
         configured(pipeline_parallel_size=2)
+
+
+def test_vllms_other_runner(configured, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="self-speculation lives in vLLM's model runner V1.*Start with"):
+        configured()
+
+
+def test_contexts_in_pieces(configured):
+    from ouro_vllm.speculation import check
+
+    config = configured()
+    config.scheduler_config.scheduler_cls, config.parallel_config.worker_cls = None, "auto"
+    check(config, known_platform=True)
+    config.parallel_config.decode_context_parallel_size = 2
+    with pytest.raises(ValueError, match="--decode-context-parallel-size: .*Start without one of the two"):
+        check(config, known_platform=True)
 
 
 def test_a_platform_without_our_worker(configured):

@@ -74,7 +74,7 @@ class Batch(NamedTuple):
 
     lanes: those that decode. hurry: someone waits for the next step: no burst before it. led: for one of them something
     is always to run ahead: no plain step. drawn: most tokens are sampled, not the likeliest. prompts, fresh: see `Lap`.
-    alone: none of them is drafted for: no step but plain ones.
+    alone: none of them is drafted for: no step but plain ones, whatever is fixed.
     """
 
     lanes: int
@@ -348,8 +348,8 @@ class Pacer:
             last.contest.clock += last.seconds
             if last.plain and last.counts:
                 self._plain_lap(last)
-        contested = self.contested and self.fixed is None and lanes > 0 and not batch.led
-        self.plain = contested and contest.decide()
+        open_to_both = batch.alone or (self.contested and self.fixed is None)
+        self.plain = open_to_both and lanes > 0 and not batch.led and contest.decide()
         pace = self.quiet if self.plain else self._apart(self.decide(lanes, batch.hurry), batch)
         counts = last is not None and last.plain == pace.plain
         self.lap = Lap(now, contest, pace.plain, counts, batch.prompts, batch.fresh)
