@@ -321,7 +321,7 @@ def speculates(params: Any) -> bool:
 def judged_apart(params: Any) -> bool:
     """Whether no step with such a request in it may verify drafts, its own or another's.
 
-    `logprob_token_ids`: vLLM's rejection sampler (v1/sample/rejection_sampler.py, 0.32, 0.33) leaves these logprobs out
+    `logprob_token_ids`: vLLM's rejection sampler (v1/sample/rejection_sampler.py, 0.32) leaves these logprobs out
     or, where another request wants logprobs too, fails and ends the engine.
     """
     return bool(params.logprob_token_ids)
