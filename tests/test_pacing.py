@@ -342,6 +342,10 @@ def test_steps_of_requests_that_are_not_drafted_for_are_plain():
             server.step(8)
     (contest,) = server.pacer.contests.values()
     assert contest.scores and not contest.plain
+    for fixed in (Pacer(4, 8, fixed=1), Pacer(4, 8, contested=False)):  # every other step drafts
+        server = Server(fixed, drafting=3e-3, plain=1e-3)
+        assert all(server.step(8, alone=True).plain and not server.step(8).plain for _ in range(40))
+        assert not server.step(8, led=True, alone=True).plain
     mixed = Server(Pacer(4, 8), drafting=1e-3, plain=3e-3)
     for _ in range(400):
         mixed.step(8)

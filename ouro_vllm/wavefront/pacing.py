@@ -267,8 +267,8 @@ class Contest:
 class Pacer:
     """Learns from reports and decides.
 
-    loops: R. passes: most per burst. fixed: an entry to use always, None to choose. contested: whether steps may be
-    plain, if nothing is fixed. entry, most: what is chosen now (see `Lane.entry` and `Lane.guesses`). plain: whether
+    loops: R. passes: most per burst. fixed: an entry to use always, None to choose. contested: whether plain steps are
+    tried, if nothing is fixed. entry, most: what is chosen now (see `Lane.entry` and `Lane.guesses`). plain: whether
     steps are plain now.
     """
 
