@@ -11,6 +11,7 @@ are the same bytes (vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_unifor
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from typing import Any, Self
 
@@ -224,9 +225,13 @@ class Pool:
         """Block ids [G, B, W], of loop g + 1, of vLLM's tables [B, W], one per loop."""
         if len(set(self.groups)) > 1:
             return torch.stack(list(tables))
-        table = tables[0]
-        away = torch.arange(len(self.groups), dtype=table.dtype, device=table.device) * self.per_loop
-        return table * self.per_block + away[:, None, None]
+        return tables[0] * self.per_block + self._away
+
+    @cached_property
+    def _away(self) -> torch.Tensor:
+        """How far each loop's blocks are from those of the first, [R, 1, 1]."""
+        loops = torch.arange(len(self.groups), dtype=torch.int32, device=self.caches[0].device)
+        return (loops * self.per_loop)[:, None, None]
 
 
 def fold(cache: torch.Tensor, own: torch.Tensor, shared: torch.Tensor) -> None:

@@ -251,6 +251,8 @@ class Machine:
 
     def tally(self, prefix: int, heard: list[int], decided: int) -> None:
         """A row on `prefix` that was read at the depths `heard` is decided at this one."""
+        if not heard or heard[-1] != decided:  # what decides it is for the verifier to read
+            return
         loops = range(1, decided + 1)
         wrong = [depth for depth in loops if self.text.readout(prefix, depth) != self.text.readout(prefix, loops[-1])]
         self.judged.update(heard)

@@ -134,16 +134,23 @@ def bucket(rows: int) -> int:
 
 
 class PassCost:
-    """Seconds that a pass of n rows takes: medians of the latest passes of about n rows, straight lines between."""
+    """Seconds that a pass of n rows takes: medians of the latest passes of about n rows, straight lines between.
+
+    points: (rows, seconds), a new list whenever they are worked out anew: not with each pass, once there were many.
+    """
 
     def __init__(self) -> None:
         self.latest: dict[int, deque[float]] = {}
         self.points: list[tuple[int, float]] = []
+        self.passes = 0
 
     def learn(self, rows: int, seconds: float) -> None:
         """One pass."""
-        self.latest.setdefault(bucket(rows), deque(maxlen=LATEST)).append(seconds)
-        self.points = []
+        latest = self.latest.setdefault(bucket(rows), deque(maxlen=LATEST))
+        few, self.passes = len(latest) < LATEST, self.passes + 1
+        latest.append(seconds)
+        if few or self.passes % LATEST == 0:
+            self.points = []
 
     def _fit(self) -> list[tuple[int, float]]:
         """(rows, seconds) by rising rows. More rows never take less time: what says so is noise, and is averaged."""
@@ -287,6 +294,7 @@ class Pacer:
         self.hits = [count / 2 for count in self.guesses]
         self.entry, self.most = 0 if self.fixed is None else self.fixed, GUESSES
         self.steps, self.plain, self.quiet = 0, False, Pace(self.loops, 0, plain=True)
+        self.reckoned: tuple[int, list[tuple[int, float]]] | None = None  # lanes and pass costs of the latest choice
         self.contests: dict[tuple[int, bool], Contest] = {}
         self.lap: Lap | None = None
         self.last: Lap | None = None
@@ -422,10 +430,11 @@ class Pacer:
         piece = max(1, int(PIECE / pass_seconds)) if pass_seconds else self.passes
         if self.fixed is not None or not lanes:
             return Pace(self.entry, passes, self.most, piece=piece)
-        times = self._times(lanes)
-        best = min(times, key=times.__getitem__)
-        if times[best] < (1 - GAIN) * times[self.entry, self.most]:
-            self.entry, self.most = best
+        if self.reckoned is None or self.reckoned[0] != lanes or self.reckoned[1] is not self.cost.points:
+            self.reckoned, times = (lanes, self.cost.points), self._times(lanes)
+            best = min(times, key=times.__getitem__)
+            if times[best] < (1 - GAIN) * times[self.entry, self.most]:
+                self.entry, self.most = best
         self.steps += 1
         entry, most = self.entry, self.most
         if self.steps % LOOK == 0:

@@ -42,20 +42,20 @@ class Span(NamedTuple):
 class Layout:
     """What a pass of S sequences with N tokens in all has in common with one that runs their next loop.
 
-    lanes: batch rows [S]; ends: behind their last positions; counts: tokens of each. lane: `lanes`, on the device.
-    width: blocks of the longest. starts_at: where their windows begin; before: whether a block [S, width] lies before
-    that, None if none does. sequence, block, offset: each token's [N], its block's number in the sequence and its place
-    in that block. fields: of vLLM's CommonAttentionMetadata, all but block table and slots.
+    On the host: lanes: batch rows [S]; ends: behind their last positions; counts: tokens of each; starts_at: where
+    their windows begin.
+    On the device: lane: `lanes`. row: the same, counted on from depth to depth. before: whether a block [S, W] lies
+    before the window, None if none does. block: each token's [N], counted through all blocks of all sequences; offset:
+    its place in that block. fields: of vLLM's CommonAttentionMetadata, all but block table and slots.
     """
 
-    lanes: list[int]
-    ends: list[int]
-    counts: list[int]
+    lanes: Sequence[int]
+    ends: Sequence[int]
+    counts: Sequence[int]
+    starts_at: Sequence[int]
     lane: torch.Tensor
-    width: int
-    starts_at: list[int]
+    row: torch.Tensor
     before: torch.Tensor | None
-    sequence: torch.Tensor
     block: torch.Tensor
     offset: torch.Tensor
     fields: dict[str, Any]
@@ -131,14 +131,14 @@ class Passes:
         assert step is not None
         if rows:
             spans = self._together(rows) + _in_lockstep(chunks, loop)
-            layout, step.lockstep = self._layout(spans), None
-            depths = [span.depth for span in spans]
-            depth, slots = self._sent(depths, [row.slot for _, row in rows])
-            table, written = self._blocks(layout, depth)
             new = [row for _, row in rows if row.depth == 0]
+            columns = [row.slot for _, row in rows], [row.slot for row in new], [row.token for row in new], read
+            layout, (slots, entered, tokens, seen) = self._layout(spans, *columns)
+            step.lockstep = None
+            depths = [span.depth for span in spans]
+            table, written = self._blocks(layout)
             if new:
-                places, tokens = self._sent([row.slot for row in new], [row.token for row in new])
-                self.pool[places] = self.embed(tokens)
+                self.pool.index_copy_(0, entered, self.embed(tokens))
             hidden = self.pool.index_select(0, slots)
         else:
             layout, table, written = self._all_loops(chunks)
@@ -151,7 +151,7 @@ class Passes:
             hidden = torch.cat([hidden, chunk_hidden]) if rows else chunk_hidden
         output = self.model(layout.fields["positions"], hidden, self._common(layout, depths, table, written))
         if rows:
-            self.pool[slots] = output[: len(rows)]
+            self.pool.index_copy_(0, slots, output[: len(rows)])
         if chunks:
             step.chunk_hidden[:running] = output[len(rows) :]
             if step.exits is not None:
@@ -159,13 +159,13 @@ class Passes:
         self.fold(rows, chunks, loop)
         if not read:
             return []
-        seen = output if len(read) == output.shape[0] else output.index_select(0, *self._sent(read))
-        tokens = self.choose(seen, [rows[number] for number in read])
+        hidden = output if len(read) == output.shape[0] else output.index_select(0, seen)
+        chosen = self.choose(hidden, [rows[number] for number in read])
         gone = [number for number in read if rows[number][1].exit == rows[number][1].depth + 1]
         if gone:
-            places = torch.tensor([[rows[number][1].slot for number in gone], gone]).to(self.device)
-            self.departed[places[0]] = output[places[1]]
-        return tokens
+            places, at = self._sent([rows[number][1].slot for number in gone], gone)
+            self.departed.index_copy_(0, places, output.index_select(0, at))
+        return chosen
 
     def lockstep(self, chunks: Sequence[Chunk]) -> list[CommonAttentionMetadata]:
         """vLLM's metadata of all loops of chunks that run them in turn."""
@@ -176,8 +176,8 @@ class Passes:
         """See `Step.lockstep`."""
         step = self.step
         if step.lockstep is None or len(step.lockstep[0].lanes) != len(chunks):
-            layout = self._layout(_in_lockstep(chunks, loop=1))
-            step.lockstep = layout, *self._blocks(layout, slice(self.loops))
+            layout, _ = self._layout(_in_lockstep(chunks, loop=1))
+            step.lockstep = layout, *self._blocks(layout, self.loops)
         return step.lockstep
 
     def onward(self, step: Step) -> Step | None:
@@ -220,27 +220,29 @@ class Passes:
         """First position that the one before `end` reads of its own loop, under sharing."""
         return self.sharing.start(end - 1, self.step.prompts[lane])
 
-    def _layout(self, spans: Sequence[Span]) -> Layout:
-        """Of sequences, in this order."""
-        size, number = self.block_size, len(spans)
-        lanes, ends, counts = ([span[column] for span in spans] for column in range(3))
-        of: list[int] = []
-        at: list[int] = []
+    def _layout(self, spans: Sequence[Span], *more: Sequence[int]) -> tuple[Layout, Sequence[torch.Tensor]]:
+        """Of sequences, in this order; and more columns of whole numbers, sent along with it."""
+        size, number, (_, requests, width) = self.block_size, len(spans), self.step.tables.shape
+        lanes, ends, counts, depths, _ = zip(*spans, strict=True)
+        # Lists: of so few numbers, and between passes that fill the processor's caches, numpy takes twice as long.
+        positions: list[int] = []
+        blocks: list[int] = []
         starts = [0]
-        for sequence, (end, tokens) in enumerate(zip(ends, counts, strict=True)):
-            of += [sequence] * tokens
-            at += range(end - tokens, end)
-            starts.append(len(at))
-        blocks, offsets = [position // size for position in at], [position % size for position in at]
-        lane, sequence, positions, block, offset = self._sent(lanes, of, at, blocks, offsets)
-        starts_at, before, most = [0] * number, None, max(ends)
-        width = -(-most // size)
+        for first, (end, tokens) in zip(range(0, number * width, width), zip(ends, counts, strict=True), strict=True):
+            here = range(end - tokens, end)
+            positions += here
+            blocks += [first + position // size for position in here]
+            starts.append(len(positions))
+        offsets = [position % size for position in positions]
+        rows = [lane + depth * requests for lane, depth in zip(lanes, depths, strict=True)]
+        lane, row, at, block, offset, *sent = self._sent(lanes, rows, positions, blocks, offsets, *more)
+        starts_at, before = [0] * number, None
         if self.sharing is not None:
             starts_at = [self._window_at(span.lane, span.end) for span in spans]
         if any(starts_at):
             before = torch.arange(width) < torch.tensor(starts_at)[:, None] // size
             before = before.to(self.device, non_blocking=True)
-        on_host = torch.from_numpy(np.array(starts + ends, dtype=np.int32)).split([number + 1, number])
+        on_host = torch.from_numpy(np.array([*starts, *ends], dtype=np.int32)).split([number + 1, number])
         bounds = [column.to(self.device, non_blocking=True) for column in on_host]
         fields = dict(
             query_start_loc=bounds[0],
@@ -248,24 +250,27 @@ class Passes:
             seq_lens=bounds[1],
             seq_lens_cpu_upper_bound=on_host[1],
             num_reqs=number,
-            num_actual_tokens=len(at),
+            num_actual_tokens=len(positions),
             max_query_len=max(counts),
-            max_seq_len=most,
-            positions=positions,
+            max_seq_len=max(ends),
+            positions=at,
             is_prefilling=torch.from_numpy(np.array([span.chunk and span.tokens > 1 for span in spans])),
         )
-        return Layout(lanes, ends, counts, lane, width, starts_at, before, sequence, block, offset, fields)
+        return Layout(lanes, ends, counts, starts_at, lane, row, before, block, offset, fields), sent
 
-    def _blocks(self, layout: Layout, depth: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block ids [S, width] that sequences read, each at its `depth` + 1, and slots [N] that their tokens write.
+    def _blocks(self, layout: Layout, loops: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block ids [S, W] that sequences read, each at its own depth, and slots [N] that their tokens write.
 
-        Shared blocks before their windows, then their own. Of several depths at once, a slice: one more dimension.
+        Shared blocks before their windows, then their own. loops: of all so many, one more dimension.
         """
         tables = self.step.tables
-        table = tables[depth, layout.lane, : layout.width]
+        if loops:
+            table = tables[:loops].index_select(1, layout.lane)
+        else:
+            table = tables.flatten(0, 1).index_select(0, layout.row)
         if layout.before is not None:
-            table = torch.where(layout.before, tables[-1, layout.lane, : layout.width], table)
-        blocks = table[..., layout.sequence, layout.block]
+            table = torch.where(layout.before, tables[-1].index_select(0, layout.lane), table)
+        blocks = table.flatten(-2).index_select(-1, layout.block)
         return table, torch.add(layout.offset, blocks, alpha=self.block_size)
 
     def _common(
@@ -280,15 +285,14 @@ class Passes:
             return CommonAttentionMetadata(**fields)
         from ouro_vllm.kernels.backend import LoopCommonMetadata
 
-        tables, many = self.step.tables, np.array(layout.counts)
-        offset = np.arange(many.sum()) - np.repeat(many.cumsum() - many, many)
+        tables, counts = self.step.tables, np.array(layout.counts)
         return LoopCommonMetadata(
             **fields,
-            tables=tables[:, :, : layout.width],
-            request=np.repeat(np.array(layout.lanes), many),
-            own=np.repeat(np.array(depths), many),
-            position=np.repeat(np.array(layout.ends) - many, many) + offset,
-            window_start=np.repeat(np.array(layout.starts_at), many),
+            tables=tables,
+            request=np.repeat(layout.lanes, counts),
+            own=np.repeat(depths, counts),
+            position=np.arange(counts.sum()) + np.repeat(layout.ends - counts.cumsum(), counts),
+            window_start=np.repeat(layout.starts_at, counts),
             shared=[tables.shape[0] - 1] * tables.shape[1],
         )
 
@@ -318,11 +322,11 @@ class Passes:
 
     def kept(self, rows: Sequence[Row]) -> torch.Tensor:
         """Hidden states [len(rows), D] that rows are read from: after the gate let them go, or else as they are now."""
-        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64).to(self.device, non_blocking=True)
-        hidden = self.pool[slots]
+        (slots,) = self._sent([row.slot for row in rows])
+        hidden = self.pool.index_select(0, slots)
         gone = [number for number, row in enumerate(rows) if row.exit]
         if gone:
-            places = torch.tensor(gone).to(self.device)
+            (places,) = self._sent(gone)
             hidden[places] = self.departed[slots[places]]
         return hidden
 

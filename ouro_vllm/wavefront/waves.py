@@ -213,7 +213,8 @@ class Waves:
     def forward(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], follow: bool = True, apart: bool = False) -> int:
         """Bring every held row to where it is decided, and the chunks through all their loops. Returns the passes.
 
-        Rows behind the held ones come along, unless `apart`, and new ones enter, if `follow`. chunks: deepest first.
+        Rows behind the held ones come along, and new ones enter, if `follow`. apart: in a hurry, those behind sit out,
+        and nothing is read out but for the gate. chunks: deepest first.
         """
         deepest, loop = max((chunk.loops for chunk in chunks), default=0), 0
         while loop < deepest or any(lane.flight.pending for lane in lanes):
@@ -274,10 +275,11 @@ class Waves:
         busy, self.guessing = bool(chunks), 0
         taken = self.slots - len(self.free) + sum(chunk.tokens for chunk in chunks)
         # What nobody waits for enters while there is room, and sits out where not even all that is under way fits.
-        room = 0 if apart else self.limit - self.reserve - taken
+        room = self.limit - self.reserve - taken
         crowded = apart or taken + sum(lane.flight.waiting is not None for lane in lanes) > self.limit
         for lane in lanes:
-            flight, early = lane.flight, lane.speculates and follow  # whether early readouts are of use
+            flight = lane.flight
+            early = lane.speculates and follow and not apart  # whether early readouts are of use
             speculates = early and not lane.waits
             entry = min(lane.entry, flight.loops)
             if flight.waiting is not None or speculates:
