@@ -223,7 +223,7 @@ class LoopPasses(PlainDepths):
         inputs_embeds: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        if self._bare and self._waves is not None and self._waves.flights and self._scheduled is not None:
+        if self._pace.plain and self._waves is not None and self._waves.flights and self._scheduled is not None:
             for request in self.input_batch.req_ids:  # who drafts again starts from what is committed
                 self._waves.forget(request)
         chunks = self._lockstep()
@@ -300,7 +300,7 @@ class LoopPasses(PlainDepths):
                 step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
                 step.exits = self._exits_of(stage)
             boarded = lanes if number == len(stages) else []
-            waves.forward(boarded, stage, follow and not self._textbook, self._pace.apart)
+            waves.forward(boarded, stage, follow and not self._textbook)
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes
@@ -352,9 +352,10 @@ class LoopPasses(PlainDepths):
     def _nothing_ahead(self) -> bool:
         """Whether this step runs bare: what vLLM scheduled and nothing else, as plain decoding does.
 
-        So that nobody's first token waits for rows behind it, that is also how prompts run that have a step to
-        themselves. A step that verifies drafts has their rows already. With a request in it for which something is
-        always to run ahead (`options.leads`) no step is bare.
+        So that nobody's first token waits for rows behind it, that is also how prompts run: those that have a step to
+        themselves, and others where the pace says so. Rows of requests that decode beside them wait meanwhile. A step
+        that verifies drafts has their rows already. With a request in it for which something is always to run ahead
+        (`options.leads`) no step is bare.
         """
         if not self._burst or self._pace.plain:
             return True
@@ -363,6 +364,8 @@ class LoopPasses(PlainDepths):
         batch = self.input_batch
         if self._led and not self._led.isdisjoint(batch.req_ids):
             return False
+        if self._pace.bare:
+            return True
         starts = batch.num_computed_tokens_cpu
         return all(
             starts[index] < self.requests[request].num_prompt_tokens for index, request in enumerate(batch.req_ids)
@@ -665,12 +668,16 @@ class LoopPasses(PlainDepths):
                 read = range(position - len(sampled), position)
                 # After a failed pass positions are computed in chunks, and counted as if read after the last loop.
                 self._exits[self.input_batch.req_ids[lane.index]] = [exits.get(at, flight.loops) for at in read]
-            self._waves.restart(flight, position, sampled[-1])
-            if sampled[-1] in flight.stops or position >= flight.end:
-                self._waves.free += flight.ground()
+            self._decided(flight, position, sampled[-1])
+
+    def _decided(self, flight: Flight, position: int, token: int) -> None:
+        """The newest token of a request: its flight goes on from there, if anything may follow."""
+        self._waves.restart(flight, position, token)
+        if token in flight.stops or position >= flight.end:
+            self._waves.free += flight.ground()
 
     def _depart(self) -> list[Lane]:
-        """Lanes of a step that ran bare. Nothing is under way: flights start with the token it decided, if it did."""
+        """Lanes of a step that ran bare. Flights go on with the token it decided, if it did."""
         batch, lanes = self.input_batch, []
         self._waves.machine.step = self._step()
         for index, request in enumerate(batch.req_ids):
@@ -679,9 +686,7 @@ class LoopPasses(PlainDepths):
             if decided:
                 self._limit(index, flight, self.requests[request])
                 position = int(batch.num_tokens_no_spec[index]) - 1
-                token = int(batch.token_ids_cpu[index, position])
-                if token not in flight.stops and position < flight.end:
-                    self._waves.restart(flight, position, token)
+                self._decided(flight, position, int(batch.token_ids_cpu[index, position]))
             lanes.append(self._lane(index, flight, decided))
         return lanes
 

@@ -6,6 +6,7 @@ loops have to know of requests.
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain, islice
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -60,6 +61,7 @@ class OuroScheduler(DepthFigures, Scheduler):
         self.latest: StepReport | None = None
         self.steady: tuple[Any, Batch] | None = None  # see `_batch`
         self.undrafted: set[str] = set()  # requests beside which no drafts may be verified
+        self.vain: int | None = None  # requests that ran when drafts were dropped for a prompt that did not come
 
     def _share(self, options: OuroOptions) -> None:
         """Tell the managers of the loops what they need, and the log what sharing is worth."""
@@ -95,11 +97,17 @@ class OuroScheduler(DepthFigures, Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, with the pace attached."""
         began = self.clock()
-        undrafted = bool(self.undrafted) and self._part_from_drafts()
+        undrafted = bool(self.undrafted) and self._undrafted_near()
+        bare = bool(self.num_spec_tokens) and self._late()
+        if undrafted or bare:  # drafts stay under way, as rows, and are proposed again behind this step
+            for request in self.running:
+                request.spec_token_ids = []
         output = super().schedule(*args, **kwargs)
         if self.num_spec_tokens:
             batch = self._batch(output)
             batch = batch._replace(alone=True) if undrafted else batch
+            if bare or batch.prompts:
+                self.vain = None if batch.prompts else len(self.running)
             pace = self._paced(self.pacer.begin, began, batch) or Pace(self.pacer.loops, 0)
             if pace.plain and output.scheduled_spec_decode_tokens:  # they are verified before steps are plain
                 pace = replace(pace, plain=False)
@@ -120,18 +128,23 @@ class OuroScheduler(DepthFigures, Scheduler):
         drafted, self.drafted = self.drafted, False
         return drafted and self.pieces > 0
 
-    def _part_from_drafts(self) -> bool:
-        """Drop the drafts of all if this step may have a request of `undrafted` in it, and say whether.
-
-        Their rows stay under way and are drafts again in a later step.
-        """
+    def _undrafted_near(self) -> bool:
+        """Whether this step may have a request of `undrafted` in it."""
         self.undrafted &= self.requests.keys()
         here = any(request.request_id in self.undrafted for request in self.running)
-        coming = bool(self.undrafted) and len(self.running) < self.max_num_running_reqs
-        if here or coming:
-            for request in self.running:
-                request.spec_token_ids = []
-        return here or coming
+        return here or (bool(self.undrafted) and len(self.running) < self.max_num_running_reqs)
+
+    def _late(self) -> bool:
+        """Whether prompts may come into this step whose first tokens would be late with drafts to be verified in it."""
+        running = len(self.running)
+        places = self.max_num_running_reqs - running
+        coming = list(islice(self.waiting, places)) if self.vain is None or running < self.vain else []
+        if not coming and self.steady is not None:  # all that run are past their prompts
+            return False
+        left = [request.num_tokens - request.num_computed_tokens - 1 for request in chain(self.running, coming)]
+        prompts = min(sum(left), self.max_num_scheduled_tokens)
+        batch = Batch(len(left), prompts=prompts, fresh=sum(tokens > 0 for tokens in left))
+        return self._paced(self.pacer.late, batch) is True
 
     def _paced(self, call: Callable[..., Any], *args: Any) -> Any:
         """What the pacer answers; None where it fails, which is to cost speed alone."""

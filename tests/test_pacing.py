@@ -353,26 +353,28 @@ def test_steps_of_requests_that_are_not_drafted_for_are_plain():
     assert contest.clock == pytest.approx(other.clock, rel=0.5)  # its own 400 steps', not those of the others
 
 
-def test_rows_sit_out_where_first_tokens_would_wait_for_them():
+def test_steps_are_bare_where_first_tokens_would_wait_for_rows():
     """Not where passes cost about the same with them, nobody waits, nobody else decodes, or all is fixed."""
     waiting = Batch(4, prompts=6, fresh=1)
     for free, late in ((100, True), (200, False)):
         pacer = taught(lambda rows, free=free: free + rows)
         pace = pacer.begin(0.0, waiting)
-        assert pace.entry < 2 and pace.apart == late
+        assert pace.entry < 2 and pace.bare == late
         for batch in (
             waiting._replace(prompts=0, fresh=0),
             waiting._replace(lanes=1),
             waiting._replace(led=True),
             waiting._replace(prompts=1000),  # beside so many rows a few more are no matter
         ):
-            assert not pacer.begin(0.0, batch).apart
-    assert not taught(lambda rows: 10 + rows, fixed=1).begin(0.0, waiting).apart
-    assert not Pacer(4, 8).begin(0.0, waiting).apart  # nothing has run ahead yet
+            assert not pacer.begin(0.0, batch).bare
+        pacer.contested = False
+        assert not pacer.begin(0.0, waiting).bare
+    assert not taught(lambda rows: 10 + rows, fixed=1).begin(0.0, waiting).bare
+    assert not Pacer(4, 8).begin(0.0, waiting).bare  # nothing has run ahead yet
     alone = taught(lambda rows: 100 + rows)
     for _ in range(LATEST):  # drafting steps in which requests had one row each in a pass
         alone.learn(StepReport(Counts(finished=1, rows=10, lane_passes=10), 0))
-    assert not alone.begin(0.0, waiting).apart
+    assert not alone.begin(0.0, waiting).bare
 
 
 def test_trials_go_on_where_somebody_always_waits():

@@ -251,8 +251,6 @@ class Machine:
 
     def tally(self, prefix: int, heard: list[int], decided: int) -> None:
         """A row on `prefix` that was read at the depths `heard` is decided at this one."""
-        if not heard or heard[-1] != decided:  # what decides it is for the verifier to read
-            return
         loops = range(1, decided + 1)
         wrong = [depth for depth in loops if self.text.readout(prefix, depth) != self.text.readout(prefix, loops[-1])]
         self.judged.update(heard)
@@ -359,7 +357,7 @@ class Engine:
     def __init__(self, text: Text, passes: int, requests: int = 1, textbook: bool = False, tight: bool = False) -> None:
         """tight: passes have room for what each step needs, and no more."""
         self.text, self.passes, self.textbook, self.requests, self.tight = text, passes, textbook, requests, tight
-        self.apart = False  # whether rows that nobody waits for sit out in the next forward
+        self.bare = False  # whether the next step is to run what is scheduled and nothing else
         self.awaited = False  # whether somebody waits for a place when the next burst begins
         self.deaf = False  # whether what the next step samples fails to be noted
         self.memory, self.sums = Memory(text.loops), Counts()
@@ -375,12 +373,16 @@ class Engine:
         """passes: of the burst. lost: names of requests that are gone, new or without their blocks."""
         for name in lost:
             self.waves.forget(name)
+        gated = any(work.request.gated for work in works)  # for whom rows always run ahead
+        bare = self.bare and not self.textbook and not gated
         for work in works:
             self.allocate(work)
+            if bare and work.drafts:
+                work.drafts, work.count = [], 1
         if self.tight:
             self.waves.limit = must_fit(sum(work.count for work in works), self.text.loops, self.requests)
         try:
-            lanes, hidden = self.forward(works, entry)
+            lanes, hidden = self.forward(works, entry, bare)
         except Broken:
             self.waves.lose()
             lanes, hidden = self.forward(works, entry)
@@ -407,8 +409,11 @@ class Engine:
             request.drafts = proposed
             request.passes += self.machine.lanes[lane.index].passes
 
-    def forward(self, works: list[Work], entry: int) -> tuple[list[Lane], list[list[int]]]:
-        """As `LoopPasses._wave_forward`. Returns, per lane, the prefixes of the hidden states vLLM would get."""
+    def forward(self, works: list[Work], entry: int, bare: bool = False) -> tuple[list[Lane], list[list[int]]]:
+        """As `LoopPasses._wave_forward`. Returns, per lane, the prefixes of the hidden states vLLM would get.
+
+        bare: as vLLM's own, past all that is under way.
+        """
         waves, lanes, chunks, layout, where = self.waves, [], [], [], 0
         self.machine.lanes, self.machine.ran = {}, {}
         brief = not self.textbook  # every lane has settled drafts and rows for them
@@ -418,7 +423,9 @@ class Engine:
             tokens = (request.tokens + work.drafts)[: start + count]
             limit = min(len(request.table), request.prompt + request.longest - 1)
             claimed = 0
-            if work.discarded:
+            if bare:
+                flight.end, flight.stops = limit, request.stops
+            elif work.discarded:
                 waves.free += flight.ground()
             else:
                 known = len(work.drafts) + 1
@@ -447,13 +454,8 @@ class Engine:
                 request.stops,
             )
         chunks.sort(key=lambda chunk: -chunk.loops)
-        before, under_way = self.machine.rows, {lane.index: len(lane.flight.rows) for lane in lanes}
-        took = waves.forward(lanes, chunks, not self.textbook, self.apart)
+        took = waves.forward([] if bare else lanes, chunks, not self.textbook)
         assert took <= (1 if brief else self.text.loops)
-        if self.apart and not any(lane.flight.trail or lane.flight.gated for lane in lanes):
-            held = sum(lane.flight.held for lane in lanes)
-            assert self.machine.rows - before <= took * held, "rows that nobody waits for ran"
-            assert all(len(lane.flight.rows) <= max(under_way[lane.index], lane.flight.held) for lane in lanes)
 
         hidden: dict[int, int] = {}  # place among the step's tokens: prefix
         for chunk in chunks:
@@ -461,7 +463,7 @@ class Engine:
             path = self.machine.lanes[chunk.index].path[chunk.start + chunk.lead : chunk.start + chunk.tokens]
             hidden |= zip(range(chunk.where, chunk.where + chunk.tokens - chunk.lead), path, strict=True)
         kept = []
-        for lane in lanes:
+        for lane in [] if bare else lanes:
             for row in lane.flight.rows[: lane.flight.held]:
                 kept.append((self.machine.departed if row.exit else self.machine.pool)[row.slot])
                 decided = self.text.exit(kept[-1][0], lane.flight.loops, lane.flight.gated)
@@ -573,7 +575,7 @@ class Storm:
                     lost.append(name)
             if self.chance(0.2):
                 self.entry = self.dice.randint(0, self.loops) * self.dice.randint(0, 1)
-            self.engine.apart, self.engine.awaited = self.chance(0.2), self.chance(0.3)
+            self.engine.bare, self.engine.awaited = self.chance(0.2), self.chance(0.3)
             self.engine.deaf = not self.calm and self.chance(0.05)
             if not self.calm and self.chance(0.04):
                 self.engine.machine.fuse = self.dice.randint(0, self.loops + self.passes)

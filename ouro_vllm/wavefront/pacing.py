@@ -51,8 +51,8 @@ class Pace:
 
     entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead, neither in it nor
     behind it. piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
-    apart: in the step itself, where somebody waits for a first token, rows that nobody waits for sit out. awaited:
-    somebody waits for a place in the batch, see `Waves.burst`.
+    bare: the step itself is to run what is scheduled and nothing else, for somebody who waits for a first token.
+    awaited: somebody waits for a place in the batch, see `Waves.burst`.
     """
 
     entry: int
@@ -60,7 +60,7 @@ class Pace:
     guesses: int = GUESSES
     plain: bool = False
     piece: int = 1
-    apart: bool = False
+    bare: bool = False
     awaited: bool = False
 
     @property
@@ -358,19 +358,23 @@ class Pacer:
                 self._plain_lap(last)
         open_to_both = batch.alone or (self.contested and self.fixed is None)
         self.plain = open_to_both and lanes > 0 and not batch.led and contest.decide()
-        pace = self.quiet if self.plain else self._apart(self.decide(lanes, batch.hurry), batch)
+        pace = self.quiet if self.plain else replace(self.decide(lanes, batch.hurry), bare=self.late(batch))
         counts = last is not None and last.plain == pace.plain
         self.lap = Lap(now, contest, pace.plain, counts, batch.prompts, batch.fresh)
         return pace
 
-    def _apart(self, pace: Pace, batch: Batch) -> Pace:
-        """This pace, but with rows sitting out if they would make a first token of this step too late."""
-        others = batch.lanes - batch.fresh
-        if not (batch.prompts and others and self.abreast) or batch.led or self.fixed is not None:
-            return pace
-        needed = batch.prompts + batch.lanes
-        crowd = needed + others * (median(self.abreast) - 1)
-        return replace(pace, apart=self.cost.of(crowd) > (1 + LATER) * self.cost.of(needed))
+    def late(self, batch: Batch) -> bool:
+        """Whether rows that run ahead of others would make first tokens of such a step too late.
+
+        What passes cost by their size tells little of what a few rows add to many: reading them out, and passes one by
+        one where a plain step has them all in one go. What they add to a single row has both in it.
+        """
+        others, open_to_both = batch.lanes - batch.fresh, self.contested and self.fixed is None
+        if not (batch.prompts and others and self.abreast and open_to_both) or batch.led:
+            return False
+        ahead = others * (median(self.abreast) - 1)
+        added = self.cost.of(1 + ahead) - self.cost.of(1)
+        return added > LATER * self.cost.of(batch.prompts + batch.lanes)
 
     def _contest(self, batch: Batch) -> Contest:
         """Of batches of this kind. A new one begins plain where the next smaller batches or greedy ones have come to
