@@ -6,7 +6,7 @@ loops have to know of requests.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -141,10 +141,13 @@ class OuroScheduler(DepthFigures, Scheduler):
         coming = list(islice(self.waiting, places)) if self.vain is None or running < self.vain else []
         if not coming and self.steady is not None:  # all that run are past their prompts
             return False
-        left = [request.num_tokens - request.num_computed_tokens - 1 for request in chain(self.running, coming)]
+        requests = [*self.running, *coming]
+        left = [request.num_tokens - request.num_computed_tokens - 1 for request in requests]
         prompts = min(sum(left), self.max_num_scheduled_tokens)
         batch = Batch(len(left), prompts=prompts, fresh=sum(tokens > 0 for tokens in left))
-        return self._paced(self.pacer.late, batch) is True
+        if not self._paced(self.pacer.late, batch):
+            return False
+        return not any(leads(request.sampling_params, request.ouro_depth.depth) for request in requests)
 
     def _paced(self, call: Callable[..., Any], *args: Any) -> Any:
         """What the pacer answers; None where it fails, which is to cost speed alone."""

@@ -594,7 +594,7 @@ def hasty(swift, monkeypatch):
     begin, forward, own = scheduler.pacer.begin, runner._model_forward, runner._wave_forward
 
     def late(batch):
-        return batch.prompts > 0 and batch.lanes > batch.fresh
+        return batch.prompts > 0 and batch.lanes > batch.fresh and not batch.led
 
     def under_way():
         flights = runner._waves.flights.items()
@@ -641,6 +641,16 @@ def test_prompts_that_come_while_others_decode_run_as_in_plain_decoding(plain, s
         assert step["plain"] and not step["drafts"] and step["kept"] == len(step["before"])
     assert any(step["before"] for step in came)
     assert any(step["drafts"] and not step["plain"] for step in hasty)
+    assert_idle(swift)
+
+
+def test_who_needs_rows_ahead_keeps_drafts_beside_prompts(swift, bank, hasty):
+    pairs, leading = bank[80:86], {"ouro_anytime": 1}
+    wishes = [params(max_tokens=60, extra_args=leading), *(params(max_tokens=4) for _ in pairs[1:])]
+    answers = serve(swift, [(3 * number, ids, wishes[number]) for number, (ids, _) in enumerate(pairs)])
+    assert answers == [answer[: wish.max_tokens] for (_, answer), wish in zip(pairs, wishes, strict=True)]
+    came = [step for step in hasty if step["prompts"] and step["before"]]
+    assert came and all(not step["plain"] for step in came) and any(step["drafts"] for step in came)
     assert_idle(swift)
 
 
