@@ -366,14 +366,14 @@ class Pacer:
     def late(self, batch: Batch) -> bool:
         """Whether rows that run ahead of others would make first tokens of such a step too late.
 
-        What passes cost by their size tells little of what a few rows add to many: reading them out, and passes one by
-        one where a plain step has them all in one go. What they add to a single row has both in it.
+        A few rows add more to many than those cost by the piece: they are read out, and a plain step has all passes in
+        one go. So what they add is taken to be what they add to as many others.
         """
         others, open_to_both = batch.lanes - batch.fresh, self.contested and self.fixed is None
         if not (batch.prompts and others and self.abreast and open_to_both) or batch.led:
             return False
-        ahead = others * (median(self.abreast) - 1)
-        added = self.cost.of(1 + ahead) - self.cost.of(1)
+        ahead = 1 + others * (median(self.abreast) - 1)
+        added = self.cost.of(2 * ahead) - self.cost.of(ahead)
         return added > LATER * self.cost.of(batch.prompts + batch.lanes)
 
     def _contest(self, batch: Batch) -> Contest:
