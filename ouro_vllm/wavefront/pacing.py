@@ -356,12 +356,16 @@ class Pacer:
             last.contest.clock += last.seconds
             if last.plain and last.counts:
                 self._plain_lap(last)
-        open_to_both = batch.alone or (self.contested and self.fixed is None)
-        self.plain = open_to_both and lanes > 0 and not batch.led and contest.decide()
+        self.plain = (batch.alone or self._open) and lanes > 0 and not batch.led and contest.decide()
         pace = self.quiet if self.plain else replace(self.decide(lanes, batch.hurry), bare=self.late(batch))
         counts = last is not None and last.plain == pace.plain
         self.lap = Lap(now, contest, pace.plain, counts, batch.prompts, batch.fresh)
         return pace
+
+    @property
+    def _open(self) -> bool:
+        """Whether there is a choice between plain steps and others."""
+        return self.contested and self.fixed is None
 
     def late(self, batch: Batch) -> bool:
         """Whether rows that run ahead of others would make first tokens of such a step too late.
@@ -369,8 +373,8 @@ class Pacer:
         A few rows add more to many than those cost by the piece: they are read out, and a plain step has all passes in
         one go. So what they add is taken to be what they add to as many others.
         """
-        others, open_to_both = batch.lanes - batch.fresh, self.contested and self.fixed is None
-        if not (batch.prompts and others and self.abreast and open_to_both) or batch.led:
+        others = batch.lanes - batch.fresh
+        if not (batch.prompts and others and self.abreast and self._open) or batch.led:
             return False
         ahead = 1 + others * (median(self.abreast) - 1)
         added = self.cost.of(2 * ahead) - self.cost.of(ahead)
