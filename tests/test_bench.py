@@ -18,6 +18,8 @@ from ouro_vllm import cli, cpu
 from ouro_vllm.bench import children, figures, modes, report, run, worker
 from ouro_vllm.bench.children import Child
 from ouro_vllm.bench.figures import Measurement
+from ouro_vllm.wavefront.pacing import StepReport
+from ouro_vllm.wavefront.waves import Counts
 
 # A worker in miniature. argv: how it behaves, and a folder into which it writes what it was asked. It decodes twice as
 # fast where it drafts, and its third answer then differs at token 1.
@@ -611,7 +613,21 @@ def test_worker_asks_for_all_and_stops_once_the_first_ones_are_answered():
     assert engine.aborted == {"run-1-7": 1, **{f"run-1-{number}": 3 for number in range(8, 20)}}
     assert waits == [1.0] * 7  # each had its first tokens in the step behind the one that left it a place
     assert decoding == [(length + 1) // 2 - 1 for length in lengths[:7]]  # two tokens come per step
-    assert seconds == 0.0  # by the clock
+    assert seconds == 5.0  # until the last one's tokens left the engine
+
+
+def test_worker_counts_the_burst_behind_the_last_step_with_the_step_that_brings_its_tokens():
+    engine = object.__new__(worker.Engine)
+    engine.speculates = True
+    engine.runner = SimpleNamespace(_waves=SimpleNamespace(counts=Counts(passes=8, rows=30, finished=6)))
+
+    class Scheduler:
+        totals = property(lambda self: StepReport(Counts(passes=4, rows=20, finished=5), committed=7))
+
+    engine.core = SimpleNamespace(scheduler=Scheduler())
+    after, before = engine._counted(), engine._counted(behind=True)
+    assert [(sums["counts"]["passes"], sums["counts"]["rows"]) for sums in (after, before)] == [(4, 20), (12, 50)]
+    assert after["committed"] == before["committed"] == 7
 
 
 def test_worker_counts_between_two_sums():

@@ -255,7 +255,7 @@ class Engine:
         self.runs += 1
         gc.collect()
         read = list(self.core.scheduler.read)
-        before = self._counted()
+        before = self._counted(behind=True)
         steps = answer(self.llm.llm_engine, f"{self.runs}", prompts, params, requests, batch, stepped, self.clock)
         expected = sum(one.max_tokens for one in params[:requests])
         outputs, waits, last, seconds = yield from self._in_parts(steps, expected, parts)
@@ -294,11 +294,13 @@ class Engine:
                 yield {"tokens": tokens}
                 self.away += perf_counter() - left
 
-    def _counted(self) -> Any:
-        """Sums since the engine's start."""
+    def _counted(self, behind: bool = False) -> Any:
+        """Sums since the engine's start. behind: with those of the burst behind the latest step, whose tokens come with
+        the next."""
         if self.speculates:
             sums = self.core.scheduler.totals
-            sums.counts.add(self.runner._waves.counts)  # of the latest burst, which the next step would report
+            if behind:
+                sums.counts.add(self.runner._waves.counts)
             return asdict(sums)
         return self.forwards, self.pass_seconds
 
@@ -340,7 +342,8 @@ def answer(
 
     Returns:
         Token ids of each request; of the first ones the seconds from when there was a place for them to their first
-        token, and from that to their last; and the seconds until the last of them was done.
+        token, and from that to their last; and the seconds until the last of them was done: what is drafted behind that
+        step would give tokens in the next.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     first, waits, decoding = [0.0] * len(prompts), [0.0] * len(prompts), [0.0] * len(prompts)
@@ -365,7 +368,7 @@ def answer(
                 left -= number < requests
         if left:
             yield tokens
-    seconds = clock() - began
+    seconds = out - began
     engine.abort_request([f"{name}-{number}" for number in sorted(running)])
     while engine.has_unfinished_requests():
         engine.step()
