@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ouro_vllm.wavefront.pacing import (
+    DOUBT,
+    FEWEST,
     LAPS,
     LATEST,
     LOOK,
@@ -250,6 +252,32 @@ def test_one_lucky_trial_is_not_enough():
             server.step(8)
             assert contest.plain
         assert (contest.scores[-1] < 0) == lucky
+
+
+def test_the_first_trials_of_plain_steps_are_not_far_apart():
+    """They lose far more here than trials may later on, and what the first ones see may hold for the start only."""
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=3e-3)
+    began: list[float] = []
+    while len(began) < FEWEST + 1:
+        plain = server.step(8).plain
+        (contest,) = server.pacer.contests.values()
+        if plain and contest.began not in began:
+            began.append(contest.began)
+    *early, later = (after - before for before, after in pairwise(began))
+    assert len(early) == FEWEST - 1 and later > DOUBT / 2 * max(early)
+    assert not contest.plain
+
+
+def test_trials_that_do_not_agree_speak_for_plain_steps():
+    server = Server(Pacer(4, 8), drafting=1e-3, plain=1e-3)
+    trials: list[float] = []
+    server.step(8)
+    (contest,) = server.pacer.contests.values()
+    while len(trials) < TRIALS:
+        server.plain = 1.3e-3 if len(trials) % 2 == 0 else 1.0e-3
+        server.step(8)
+        trials = list(contest.scores)
+    assert min(trials) < -0.2 and contest.plain
 
 
 def test_a_machine_that_gets_slower_all_the_time_favours_none():

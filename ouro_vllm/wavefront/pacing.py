@@ -9,15 +9,17 @@ so the best choice depends on the machine, the model and the batch.
 Whether to draft at all is not reckoned but tried: what a step costs beside its passes differs, and plain steps are the
 promise to be kept. Whichever of the two is not in use runs a few steps now and then, which are compared with those
 right before and behind them, since machines drift. What gave tokens faster in the middle of the latest trials goes on,
-drafting if it did by `MARGIN` at least. Within a trial all seconds count against all tokens: of drafting steps a few
-are far longer than most, those with prompts in them. Pure Python.
+drafting if it did by `MARGIN` at least. The first trials are not far apart: when all requests have just begun together,
+steps have no prompts in them and drafting looks better than it will be where answers are short. Within a trial all
+seconds count against all tokens: of drafting steps a few are far longer than most, those with prompts in them.
+Pure Python.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import log
-from statistics import median
+from statistics import median, median_high
 from typing import NamedTuple
 
 from ouro_vllm.wavefront.waves import GUESSES, Counts
@@ -34,12 +36,13 @@ MOST_TIMED = 256  # rows in the largest pass timed at the start
 LAPS = 3, 6  # steps that a trial of drafting, or of plain steps, is to measure: drafting ones are of many passes
 FIRST = 4  # steps until the first trial
 TRIALS = 8  # the latest, that say which of the two is faster
-FEWEST = 2  # trials before anything else is taken up
+FEWEST = 3  # trials before anything else is taken up
 NEXT = 4  # steps between trials until there were so many
 CLEAR = 1.25  # what gives tokens so many times slower needs no more steps of its trial
 MARGIN = 0.05  # drafting must gain this much: plain steps are the promise
 # Of the time may be lost to trials. The second is the least: each trial that speaks for what is in use halves it.
 SHARE = 0.005, 0.00125
+DOUBT = 20  # times that share for trials of plain steps, until there were FEWEST: the gain they lose is not yet sure
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
 PIECE = 0.01  # seconds of a burst, about, between looks at whether somebody came
 LATER = 0.05  # share of the time to a first token that rows running ahead of others may add
@@ -218,7 +221,7 @@ class Contest:
         self.laps = tuple(deque[tuple[float, int]](maxlen=2 * max(LAPS)) for _ in range(2))
         self.scores: deque[float] = deque(maxlen=TRIALS)
         self.left, self.rest = FIRST, rest  # steps, and a time, until the trial begins; or steps until it ends
-        self.clock, self.began, self.tokens = 0.0, 0.0, 0
+        self.clock, self.began = 0.0, 0.0
         self.around: list[tuple[float, int]] = []  # of what is in use, right before the latest trial and behind it
         self.tried: list[tuple[float, int]] = []  # in that trial, until it is judged
         self.share = SHARE[0]
@@ -231,7 +234,7 @@ class Contest:
             if self.trying:  # too many steps had prompts in them
                 self._return()
             elif self.clock >= self.rest and len(used) >= LAPS[self.plain]:
-                self.trying, self.tokens, self.tried = True, 0, []
+                self.trying, self.tried = True, []
                 self.around = list(used)[-LAPS[self.plain] :]
                 self.began, self.left = self.clock, 4 * LAPS[not self.plain]
         return self.plain != self.trying
@@ -241,7 +244,6 @@ class Contest:
         self.laps[plain].append((seconds, tokens))
         if self.trying and plain != self.plain:
             self.tried.append((seconds, tokens))
-            self.tokens += tokens
             clear = len(self.tried) > 1 and per_token(self.tried) > CLEAR * per_token(self.around)
             if clear or len(self.tried) == LAPS[plain]:
                 self._return()
@@ -253,8 +255,10 @@ class Contest:
     def _return(self) -> None:
         """The trial is over, and judged once as many steps ran behind it as before it. What it lost is not to be lost
         again soon."""
-        lost = self.clock - self.began - self.tokens * per_token(self.around)
-        self.rest = self.clock + min(lost / self.share, LONGEST_REST)
+        slower = 1 - per_token(self.around) / per_token(self.tried) if self.tried else 1.0
+        lost = slower * (self.clock - self.began)
+        doubt = not self.plain and len(self.scores) + 1 < FEWEST
+        self.rest = self.clock + min(lost / (DOUBT * self.share if doubt else self.share), LONGEST_REST)
         self.trying, self.left = False, 4 * LAPS[self.plain]
         if len(self.tried) == 1:  # says little
             self.tried = []
@@ -267,7 +271,7 @@ class Contest:
         self.tried = []
         self.left = NEXT if len(self.scores) < TRIALS else REST[self.plain]
         if len(self.scores) >= FEWEST:
-            self.plain = median(self.scores) > log(1 - MARGIN)
+            self.plain = median_high(self.scores) > log(1 - MARGIN)
 
 
 @dataclass
