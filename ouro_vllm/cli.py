@@ -293,8 +293,7 @@ def run_exits(args: argparse.Namespace, results: Any) -> int:
     from ouro_vllm.bench.exits import measure
 
     if args.source is not None:
-        print("--exit measures anew: leave out --from.", file=sys.stderr)
-        return 1
+        return measure.redraw(args.source, results)
     if args.starts > 1:
         print("--exit starts its engines once: leave out --starts.", file=sys.stderr)
         return 1

@@ -231,6 +231,14 @@ def test_the_report_has_a_line_for_every_setting_and_says_who_wins(tmp_path):
     assert "chance" in page
 
 
+def test_an_earlier_run_is_reported_anew(tmp_path, capsys):
+    saved, readme = tmp_path / "exit.json", tmp_path / "README.md"
+    save(figures(), saved)
+    readme.write_text("<!-- bench-exit -->\n<!-- /bench-exit -->\n")
+    assert main(["bench", "--exit", "--from", str(saved), "--readme", str(readme)]) == 0
+    assert curve.text(figures()) in capsys.readouterr().out and curve.for_readme(figures()) in readme.read_text()
+
+
 def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     curve.draw(figures(), tmp_path / "exit.png")
@@ -254,6 +262,6 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path, capsys
     assert main(["bench", "--exit", "--text", str(tmp_path / "empty")]) == 1
     assert "fewer than 2 tokens" in capsys.readouterr().err
     assert main(["bench", "--exit", "--from", str(prompts)]) == 1
-    assert "leave out --from" in capsys.readouterr().err
+    assert "These are not figures" in capsys.readouterr().err
     assert main(["bench", "--exit", "--starts", "2"]) == 1
     assert "leave out --starts" in capsys.readouterr().err

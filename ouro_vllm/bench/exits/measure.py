@@ -5,6 +5,7 @@ what it serves: fixed depths and the gate, plainly and under self-speculation.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ from ouro_vllm.bench import run
 from ouro_vllm.bench.children import GRACE_SECONDS, WORKER, Child, stop_all
 from ouro_vllm.bench.exits import curve
 from ouro_vllm.bench.exits.policies import FIXED, GATE, quality, score_sums, score_text, settings
-from ouro_vllm.bench.results import Results, finish, save
+from ouro_vllm.bench.results import Results, finish, read, save
 from ouro_vllm.evaluation import data
 from ouro_vllm.evaluation.forward import Looped
 from ouro_vllm.evaluation.policies import EvalError
@@ -50,6 +51,16 @@ def main(plan: Plan, results: Results) -> int:
         speeds(plan, prompts, figures)
         return figures
 
+    return told(steps, results)
+
+
+def redraw(source: Path, results: Results) -> int:
+    """As `main`, with the figures that an earlier run wrote to `source`."""
+    return told(lambda: read(source), results)
+
+
+def told(steps: Callable[[], dict[str, Any]], results: Results) -> int:
+    """Take figures from `steps`, then report them."""
     return finish(steps, results, curve.text, curve.for_readme, curve.draw)
 
 
