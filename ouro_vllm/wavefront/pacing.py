@@ -33,7 +33,9 @@ GAIN = 0.03  # another entry must promise this much before it is chosen
 LOOK = 64  # steps between looks at how another entry does
 REST = 12, 64  # steps between trials while drafting, or plain steps, are in use: drafting ones are of many passes
 MOST_TIMED = 256  # rows in the largest pass timed at the start
-LAPS = 3, 6  # steps that a trial of drafting, or of plain steps, is to measure: drafting ones are of many passes
+# Steps that a trial is to measure, and of what is in use before it and behind it. Drafting steps that somebody waits
+# for give one token, those behind them many: three of them were too few to tell 5%.
+LAPS = 6
 FIRST = 4  # steps until the first trial
 TRIALS = 8  # the latest, that say which of the two is faster
 FEWEST = 3  # trials before anything else is taken up
@@ -218,7 +220,7 @@ class Contest:
 
     def __init__(self, plain: bool, rest: float = 0.0) -> None:
         self.plain, self.trying = plain, False
-        self.laps = tuple(deque[tuple[float, int]](maxlen=2 * max(LAPS)) for _ in range(2))
+        self.laps = tuple(deque[tuple[float, int]](maxlen=2 * LAPS) for _ in range(2))
         self.scores: deque[float] = deque(maxlen=TRIALS)
         self.left, self.rest = FIRST, rest  # steps, and a time, until the trial begins; or steps until it ends
         self.clock, self.began = 0.0, 0.0
@@ -233,10 +235,10 @@ class Contest:
             used = self.laps[self.plain]
             if self.trying:  # too many steps had prompts in them
                 self._return()
-            elif self.clock >= self.rest and len(used) >= LAPS[self.plain]:
+            elif self.clock >= self.rest and len(used) >= LAPS:
                 self.trying, self.tried = True, []
-                self.around = list(used)[-LAPS[self.plain] :]
-                self.began, self.left = self.clock, 4 * LAPS[not self.plain]
+                self.around = list(used)[-LAPS:]
+                self.began, self.left = self.clock, 4 * LAPS
         return self.plain != self.trying
 
     def lap(self, plain: bool, seconds: float, tokens: int) -> None:
@@ -245,11 +247,11 @@ class Contest:
         if self.trying and plain != self.plain:
             self.tried.append((seconds, tokens))
             clear = len(self.tried) > 1 and per_token(self.tried) > CLEAR * per_token(self.around)
-            if clear or len(self.tried) == LAPS[plain]:
+            if clear or len(self.tried) == LAPS:
                 self._return()
         elif not self.trying and self.tried and plain == self.plain:
             self.around.append((seconds, tokens))
-            if len(self.around) == 2 * LAPS[plain]:
+            if len(self.around) == 2 * LAPS:
                 self._judge()
 
     def _return(self) -> None:
@@ -259,7 +261,7 @@ class Contest:
         lost = slower * (self.clock - self.began)
         doubt = not self.plain and len(self.scores) + 1 < FEWEST
         self.rest = self.clock + min(lost / (DOUBT * self.share if doubt else self.share), LONGEST_REST)
-        self.trying, self.left = False, 4 * LAPS[self.plain]
+        self.trying, self.left = False, 4 * LAPS
         if len(self.tried) == 1:  # says little
             self.tried = []
 
@@ -400,7 +402,7 @@ class Pacer:
             slow = min(times, key=times.__getitem__) == (self.loops, GUESSES)
             plain = slow or any(contest.plain for contest in known)
             # A trial of drafting is taken to lose half of its steps' time, until one has run.
-            lost = LAPS[False] * self.passes * self.cost.of(lanes * self.loops) / 2
+            lost = LAPS * self.passes * self.cost.of(lanes * self.loops) / 2
             self.contests[size, drawn] = Contest(plain, min(lost / SHARE[0], LONGEST_REST) if plain else 0.0)
         return self.contests[size, drawn]
 
@@ -409,7 +411,7 @@ class Pacer:
         usual = lap.contest.laps[True]
         if not lap.prompts:
             lap.contest.lap(True, lap.seconds, lap.committed)
-        elif len(usual) >= LAPS[True]:
+        elif len(usual) >= LAPS:
             beyond = lap.seconds - lap.committed * per_token(usual)
             self.prompts.append((beyond, lap.prompts))
 
