@@ -300,7 +300,7 @@ class LoopPasses(PlainDepths):
                 step.chunk_ids = torch.cat([self._chunk_ids(chunk, input_ids) for chunk in stage]).long()
                 step.exits = self._exits_of(stage)
             boarded = lanes if number == len(stages) else []
-            waves.forward(boarded, stage, follow and not self._textbook)
+            waves.forward(boarded, stage, follow and not self._textbook, self._pace.apart)
             if stage:
                 ends += zip(stage, step.chunks_read.split([chunk.tokens for chunk in stage]), strict=True)
         self._lanes = lanes

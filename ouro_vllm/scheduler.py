@@ -98,7 +98,7 @@ class OuroScheduler(DepthFigures, Scheduler):
         """As vLLM does, with the pace attached."""
         began = self.clock()
         undrafted = bool(self.undrafted) and self._undrafted_near()
-        bare = bool(self.num_spec_tokens) and self._late()
+        bare = bool(self.num_spec_tokens) and self._bare()
         if undrafted or bare:  # drafts stay under way, as rows, and are proposed again behind this step
             for request in self.running:
                 request.spec_token_ids = []
@@ -134,8 +134,8 @@ class OuroScheduler(DepthFigures, Scheduler):
         here = any(request.request_id in self.undrafted for request in self.running)
         return here or (bool(self.undrafted) and len(self.running) < self.max_num_running_reqs)
 
-    def _late(self) -> bool:
-        """Whether prompts may come into this step whose first tokens would be late with drafts to be verified in it."""
+    def _bare(self) -> bool:
+        """Whether prompts may come into this step beside which no drafts are to be verified."""
         running = len(self.running)
         places = self.max_num_running_reqs - running
         coming = list(islice(self.waiting, places)) if self.vain is None or running < self.vain else []
@@ -145,7 +145,7 @@ class OuroScheduler(DepthFigures, Scheduler):
         left = [request.num_tokens - request.num_computed_tokens - 1 for request in requests]
         prompts = min(sum(left), self.max_num_scheduled_tokens)
         batch = Batch(len(left), prompts=prompts, fresh=sum(tokens > 0 for tokens in left))
-        if not self._paced(self.pacer.late, batch):
+        if not self._paced(self.pacer.bare, batch):
             return False
         return not any(leads(request.sampling_params, request.ouro_depth.depth) for request in requests)
 

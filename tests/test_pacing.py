@@ -381,28 +381,43 @@ def test_steps_of_requests_that_are_not_drafted_for_are_plain():
     assert contest.clock == pytest.approx(other.clock, rel=0.5)  # its own 400 steps', not those of the others
 
 
-def test_steps_are_bare_where_first_tokens_would_wait_for_rows():
-    """Not where passes cost about the same with them, nobody waits, nobody else decodes, or all is fixed."""
+@pytest.mark.parametrize(("seconds", "bare"), [(1e-5, True), (1e-3, False)])
+def test_rows_do_not_run_ahead_where_first_tokens_would_wait_for_them(seconds, bare):
+    """Not where passes cost about the same with them, nobody waits, nobody else decodes, or all is fixed.
+
+    Steps of cheap passes are bare then, of 1 or 2 ms; where a pass takes ten times what it takes beside the model and
+    more, rows sit out.
+    """
     waiting = Batch(4, prompts=6, fresh=1)
     for free, late in ((100, True), (200, False)):
-        pacer = taught(lambda rows, free=free: free + rows)
+        pacer = taught(lambda rows, free=free: (free + rows) * seconds)
         pace = pacer.begin(0.0, waiting)
-        assert pace.entry < 2 and pace.bare == late
+        assert pace.entry < 2 and (pace.bare, pace.apart) == (late and bare, late and not bare)
         for batch in (
             waiting._replace(prompts=0, fresh=0),
             waiting._replace(lanes=1),
             waiting._replace(led=True),
             waiting._replace(prompts=1000),  # beside so many rows a few more are no matter
         ):
-            assert not pacer.begin(0.0, batch).bare
+            pace = pacer.begin(0.0, batch)
+            assert not pace.bare and not pace.apart
         pacer.contested = False
-        assert not pacer.begin(0.0, waiting).bare
-    assert not taught(lambda rows: 10 + rows, fixed=1).begin(0.0, waiting).bare
-    assert not Pacer(4, 8).begin(0.0, waiting).bare  # nothing has run ahead yet
-    alone = taught(lambda rows: 100 + rows)
+        pace = pacer.begin(0.0, waiting)
+        assert not pace.bare and not pace.apart
+    fixed = taught(lambda rows: (10 + rows) * seconds, fixed=1).begin(0.0, waiting)
+    unknown = Pacer(4, 8).begin(0.0, waiting)  # nothing has run ahead yet
+    alone = taught(lambda rows: (100 + rows) * seconds)
     for _ in range(LATEST):  # drafting steps in which requests had one row each in a pass
         alone.learn(StepReport(Counts(finished=1, rows=10, lane_passes=10), 0))
-    assert not alone.begin(0.0, waiting).bare
+    for pace in (fixed, unknown, alone.begin(0.0, waiting)):
+        assert not pace.bare and not pace.apart
+
+
+def test_steps_in_which_rows_sat_out_say_nothing_of_how_many_run_ahead():
+    pacer, waiting = taught(lambda rows: 0.1 + rows * 1e-3), Batch(4, prompts=6, fresh=1)
+    for _ in range(2 * LATEST):
+        assert pacer.begin(0.0, waiting).apart
+        pacer.learn(StepReport(Counts(finished=1, rows=10, lane_passes=10), 0))
 
 
 def test_trials_go_on_where_somebody_always_waits():

@@ -588,7 +588,8 @@ def hasty(swift, monkeypatch):
     """Every step of this engine drafts, but is bare where somebody's first token might be late for others' rows.
 
     Of each forward: tokens of prompts in it, and how many others; drafts; requests that had rows before it, and of how
-    many of these it let the rows alone; whether it was vLLM's own.
+    many of these it let the rows alone; rows that nobody waited for, and of how many requests those changed; whether it
+    was vLLM's own.
     """
     scheduler, runner, steps = scheduler_of(swift), runner_of(swift), []
     begin, forward, own = scheduler.pacer.begin, runner._model_forward, runner._wave_forward
@@ -606,6 +607,10 @@ def hasty(swift, monkeypatch):
         step["drafts"] = len(runner._scheduled.scheduled_spec_decode_tokens)
         hidden = forward(*args, **more)
         step["kept"] = sum(under_way().get(name) == rows for name, rows in step["before"].items())
+        held = {name: flight.held for name, flight in runner._waves.flights.items()}
+        behind = {name: rows[held[name] :] for name, rows in step["before"].items() if name in held}
+        step["behind"] = sum(map(len, behind.values()))
+        step["deeper"] = sum(rows != under_way()[name][held[name] :] for name, rows in behind.items())
         return hidden
 
     def passed(*args, **more):
@@ -617,6 +622,7 @@ def hasty(swift, monkeypatch):
         return begin(now, batch)
 
     monkeypatch.setattr(scheduler.pacer, "late", late)
+    monkeypatch.setattr(scheduler.pacer, "bare", late)
     monkeypatch.setattr(scheduler.pacer, "contested", False)
     monkeypatch.setattr(scheduler.pacer, "begin", begun)
     monkeypatch.setattr(runner, "_model_forward", ran)
@@ -641,6 +647,26 @@ def test_prompts_that_come_while_others_decode_run_as_in_plain_decoding(plain, s
         assert step["plain"] and not step["drafts"] and step["kept"] == len(step["before"])
     assert any(step["before"] for step in came)
     assert any(step["drafts"] and not step["plain"] for step in hasty)
+    assert_idle(swift)
+
+
+def test_rows_that_nobody_waits_for_sit_out_beside_prompts_where_passes_are_dear(
+    plain, swift, bank, hasty, monkeypatch
+):
+    """Drafts are verified in such a step; what is not drafts yet does not get any deeper."""
+    monkeypatch.setattr(scheduler_of(swift).pacer, "bare", lambda batch: False)
+    pairs = bank[60:72]
+    wishes = [
+        params(max_tokens=20 + 3 * number, seed=number, **(SAMPLED[number % 3] if number % 2 else {}))
+        for number in range(12)
+    ]
+    wanted = [answer for (answer,) in tokens_of(ask(plain, [ids for ids, _ in pairs], wishes))]
+    before = swift.drafts.accepted
+    assert serve(swift, [(2 * number, ids, wishes[number]) for number, (ids, _) in enumerate(pairs)]) == wanted
+    assert swift.drafts.accepted - before > 0.3 * sum(map(len, wanted))
+    came = [step for step in hasty if step["prompts"] and step["others"]]
+    assert len(came) > 5 and not any(step["plain"] for step in came) and any(step["drafts"] for step in came)
+    assert sum(step["behind"] for step in came) > 0 and not any(step["deeper"] for step in came)
     assert_idle(swift)
 
 

@@ -251,6 +251,8 @@ class Machine:
 
     def tally(self, prefix: int, heard: list[int], decided: int) -> None:
         """A row on `prefix` that was read at the depths `heard` is decided at this one."""
+        if not heard or heard[-1] != decided:  # rows behind it sat out: what decides it is for the verifier to read
+            return
         loops = range(1, decided + 1)
         wrong = [depth for depth in loops if self.text.readout(prefix, depth) != self.text.readout(prefix, loops[-1])]
         self.judged.update(heard)
@@ -358,6 +360,7 @@ class Engine:
         """tight: passes have room for what each step needs, and no more."""
         self.text, self.passes, self.textbook, self.requests, self.tight = text, passes, textbook, requests, tight
         self.bare = False  # whether the next step is to run what is scheduled and nothing else
+        self.apart = False  # whether rows that nobody waits for sit out in it
         self.awaited = False  # whether somebody waits for a place when the next burst begins
         self.deaf = False  # whether what the next step samples fails to be noted
         self.memory, self.sums = Memory(text.loops), Counts()
@@ -454,8 +457,14 @@ class Engine:
                 request.stops,
             )
         chunks.sort(key=lambda chunk: -chunk.loops)
-        took = waves.forward([] if bare else lanes, chunks, not self.textbook)
+        boarded, apart = [] if bare else lanes, self.apart and not self.textbook
+        before, under_way = self.machine.rows, {lane.index: len(lane.flight.rows) for lane in boarded}
+        took = waves.forward(boarded, chunks, not self.textbook, apart)
         assert took <= (1 if brief else self.text.loops)
+        if apart and not any(lane.flight.trail or lane.flight.gated for lane in boarded):
+            held = sum(lane.flight.held for lane in boarded)
+            assert self.machine.rows - before <= took * held, "rows that nobody waits for ran"
+            assert all(len(lane.flight.rows) <= max(under_way[lane.index], lane.flight.held) for lane in boarded)
 
         hidden: dict[int, int] = {}  # place among the step's tokens: prefix
         for chunk in chunks:
@@ -575,7 +584,8 @@ class Storm:
                     lost.append(name)
             if self.chance(0.2):
                 self.entry = self.dice.randint(0, self.loops) * self.dice.randint(0, 1)
-            self.engine.bare, self.engine.awaited = self.chance(0.2), self.chance(0.3)
+            self.engine.bare, self.engine.apart = self.chance(0.2), self.chance(0.2)
+            self.engine.awaited = self.chance(0.3)
             self.engine.deaf = not self.calm and self.chance(0.05)
             if not self.calm and self.chance(0.04):
                 self.engine.machine.fuse = self.dice.randint(0, self.loops + self.passes)

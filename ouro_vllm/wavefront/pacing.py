@@ -48,6 +48,7 @@ DOUBT = 20  # times that share for trials of plain steps, until there were FEWES
 LONGEST_REST = 600.0  # seconds of steps without a trial, at most: one of a large batch may lose several
 PIECE = 0.01  # seconds of a burst, about, between looks at whether somebody came
 LATER = 0.05  # share of the time to a first token that rows running ahead of others may add
+BESIDE = 1e-3  # seconds, about, that a pass by itself takes beside the model: a plain step has all of them in one go
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Pace:
 
     entry, guesses: see `Lane`. passes: of the burst after this step. plain: nothing is to run ahead, neither in it nor
     behind it. piece: passes of the burst at a time; behind each but the last the burst ends if somebody came.
-    bare: the step itself is to run what is scheduled and nothing else, for somebody who waits for a first token.
+    For somebody who waits for a first token, bare: the step itself is to run what is scheduled and nothing else, as in
+    plain decoding; apart: rows that nobody waits for are to sit out in it.
     awaited: somebody waits for a place in the batch, see `Waves.burst`.
     """
 
@@ -66,6 +68,7 @@ class Pace:
     plain: bool = False
     piece: int = 1
     bare: bool = False
+    apart: bool = False
     awaited: bool = False
 
     @property
@@ -306,6 +309,7 @@ class Pacer:
         self.last: Lap | None = None
         self.prompts: deque[tuple[float, int]] = deque(maxlen=LATEST)  # of plain steps: seconds for, and tokens of them
         self.abreast: deque[float] = deque(maxlen=LATEST)  # of drafting steps: rows per request in a pass
+        self.apart = False  # whether rows sat out in the latest step
 
     def learn(self, report: StepReport) -> None:
         """Take in what one step measured."""
@@ -314,7 +318,7 @@ class Pacer:
             self.cost.learn(rows, seconds)
         if not counts.drafted:
             return
-        if counts.lane_passes:
+        if counts.lane_passes and not self.apart:
             self.abreast.append(counts.rows / counts.lane_passes)
         for loop, count in enumerate(counts.settled):
             self.settled[loop] += count
@@ -363,7 +367,8 @@ class Pacer:
             if last.plain and last.counts:
                 self._plain_lap(last)
         self.plain = (batch.alone or self._open) and lanes > 0 and not batch.led and contest.decide()
-        pace = self.quiet if self.plain else replace(self.decide(lanes, batch.hurry), bare=self.late(batch))
+        pace = self.quiet if self.plain else self._hasten(self.decide(lanes, batch.hurry), batch)
+        self.apart = pace.apart
         counts = last is not None and last.plain == pace.plain
         self.lap = Lap(now, contest, pace.plain, counts, batch.prompts, batch.fresh)
         return pace
@@ -372,6 +377,19 @@ class Pacer:
     def _open(self) -> bool:
         """Whether there is a choice between plain steps and others."""
         return self.contested and self.fixed is None
+
+    def _hasten(self, pace: Pace, batch: Batch) -> Pace:
+        """This pace, but with no rows ahead of others in the step itself where they would make first tokens late."""
+        bare = self.bare(batch)
+        return replace(pace, bare=bare, apart=not bare and self.late(batch))
+
+    def bare(self, batch: Batch) -> bool:
+        """Whether such a step is to be as in plain decoding, so that first tokens are not late.
+
+        That computes anew what has begun of others' tokens, or is decided and only to be verified. Where passes are
+        dear it is enough, and cheaper, that rows which nobody waits for sit out.
+        """
+        return BESIDE > LATER * self.cost.of(batch.prompts + batch.lanes) and self.late(batch)
 
     def late(self, batch: Batch) -> bool:
         """Whether rows that run ahead of others would make first tokens of such a step too late.

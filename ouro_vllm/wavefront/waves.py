@@ -210,15 +210,16 @@ class Waves:
         flight.held = kept
         return kept
 
-    def forward(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], follow: bool = True) -> int:
+    def forward(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], follow: bool = True, apart: bool = False) -> int:
         """Bring every held row to where it is decided, and the chunks through all their loops. Returns the passes.
 
-        Rows behind the held ones come along, and new ones enter, if `follow`. chunks: deepest first.
+        Rows behind the held ones come along, and new ones enter, if `follow`. apart: those behind sit out, and nothing
+        is read out but for the gate. chunks: deepest first.
         """
         deepest, loop = max((chunk.loops for chunk in chunks), default=0), 0
         while loop < deepest or any(lane.flight.pending for lane in lanes):
             loop += 1
-            self._one(lanes, [chunk for chunk in chunks if chunk.loops >= loop], loop, follow)
+            self._one(lanes, [chunk for chunk in chunks if chunk.loops >= loop], loop, follow, apart)
         for lane in lanes:
             lane.flight.missing = None
         return loop
@@ -265,7 +266,9 @@ class Waves:
             self._run(rows, list(range(len(rows))), (), 0)
         return drafts
 
-    def _one(self, lanes: Sequence[Lane], chunks: Sequence[Chunk], loop: int, follow: bool) -> bool:
+    def _one(
+        self, lanes: Sequence[Lane], chunks: Sequence[Chunk], loop: int, follow: bool, apart: bool = False
+    ) -> bool:
         """One pass of everything that has loops to run. Returns whether there was anything."""
         rows: list[tuple[Lane, Row]] = []
         read: list[int] = []
@@ -273,9 +276,10 @@ class Waves:
         taken = self.slots - len(self.free) + sum(chunk.tokens for chunk in chunks)
         # What nobody waits for enters while there is room, and sits out where not even all that is under way fits.
         room = self.limit - self.reserve - taken
-        crowded = taken + sum(lane.flight.waiting is not None for lane in lanes) > self.limit
+        crowded = apart or taken + sum(lane.flight.waiting is not None for lane in lanes) > self.limit
         for lane in lanes:
-            flight, early = lane.flight, lane.speculates and follow  # whether early readouts are of use
+            flight = lane.flight
+            early = lane.speculates and follow and not apart  # whether early readouts are of use
             speculates = early and not lane.waits
             entry = min(lane.entry, flight.loops)
             if flight.waiting is not None or speculates:
