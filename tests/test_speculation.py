@@ -630,44 +630,46 @@ def hasty(swift, monkeypatch):
     return steps
 
 
-def test_prompts_that_come_while_others_decode_run_as_in_plain_decoding(plain, swift, bank, hasty):
+@pytest.fixture
+def came(plain, swift, bank, hasty):
+    """Call it to serve prompts that come while others decode, with plain decoding's answers, mostly from drafts.
+
+    Returns their steps, of `hasty`.
+    """
+
+    def call():
+        asked = [ids for ids, _ in bank[60:72]]
+        wishes = [
+            params(max_tokens=20 + 3 * number, seed=number, **(SAMPLED[number % 3] if number % 2 else {}))
+            for number in range(12)
+        ]
+        wanted = [answer for (answer,) in tokens_of(ask(plain, asked, wishes))]
+        before = swift.drafts.accepted
+        assert serve(swift, [(2 * number, ids, wishes[number]) for number, ids in enumerate(asked)]) == wanted
+        assert swift.drafts.accepted - before > 0.3 * sum(map(len, wanted))
+        steps = [step for step in hasty if step["prompts"] and step["others"]]
+        assert len(steps) > 5
+        assert_idle(swift)
+        return steps
+
+    return call
+
+
+def test_prompts_that_come_while_others_decode_run_as_in_plain_decoding(hasty, came):
     """What is under way beside them stays, and is drafts again behind the first token; answers do not show it."""
-    pairs = bank[60:72]
-    wishes = [
-        params(max_tokens=20 + 3 * number, seed=number, **(SAMPLED[number % 3] if number % 2 else {}))
-        for number in range(12)
-    ]
-    wanted = [answer for (answer,) in tokens_of(ask(plain, [ids for ids, _ in pairs], wishes))]
-    before = swift.drafts.accepted
-    assert serve(swift, [(2 * number, ids, wishes[number]) for number, (ids, _) in enumerate(pairs)]) == wanted
-    assert swift.drafts.accepted - before > 0.3 * sum(map(len, wanted))
-    came = [step for step in hasty if step["prompts"] and step["others"]]
-    assert len(came) > 5
-    for step in came:
+    steps = came()
+    for step in steps:
         assert step["plain"] and not step["drafts"] and step["kept"] == len(step["before"])
-    assert any(step["before"] for step in came)
+    assert any(step["before"] for step in steps)
     assert any(step["drafts"] and not step["plain"] for step in hasty)
-    assert_idle(swift)
 
 
-def test_rows_that_nobody_waits_for_sit_out_beside_prompts_where_passes_are_dear(
-    plain, swift, bank, hasty, monkeypatch
-):
+def test_rows_that_nobody_waits_for_sit_out_beside_prompts_where_passes_are_dear(swift, came, monkeypatch):
     """Drafts are verified in such a step; what is not drafts yet does not get any deeper."""
     monkeypatch.setattr(scheduler_of(swift).pacer, "bare", lambda batch: False)
-    pairs = bank[60:72]
-    wishes = [
-        params(max_tokens=20 + 3 * number, seed=number, **(SAMPLED[number % 3] if number % 2 else {}))
-        for number in range(12)
-    ]
-    wanted = [answer for (answer,) in tokens_of(ask(plain, [ids for ids, _ in pairs], wishes))]
-    before = swift.drafts.accepted
-    assert serve(swift, [(2 * number, ids, wishes[number]) for number, (ids, _) in enumerate(pairs)]) == wanted
-    assert swift.drafts.accepted - before > 0.3 * sum(map(len, wanted))
-    came = [step for step in hasty if step["prompts"] and step["others"]]
-    assert len(came) > 5 and not any(step["plain"] for step in came) and any(step["drafts"] for step in came)
-    assert sum(step["behind"] for step in came) > 0 and not any(step["deeper"] for step in came)
-    assert_idle(swift)
+    steps = came()
+    assert not any(step["plain"] for step in steps) and any(step["drafts"] for step in steps)
+    assert sum(step["behind"] for step in steps) > 0 and not any(step["deeper"] for step in steps)
 
 
 def test_who_needs_rows_ahead_keeps_drafts_beside_prompts(swift, bank, hasty):
